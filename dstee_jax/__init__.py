@@ -1,0 +1,34 @@
+"""Dynamic sparse training for JAX: networks that stay sparse from the first step to the last."""
+
+from dstee_jax import distributions, methods, scores
+from dstee_jax.distributions import erk, uniform
+from dstee_jax.masks import apply_masks, init_masks, kernels
+from dstee_jax.metrics import density, exploitation_degree, exploration_degree, summary
+from dstee_jax.rescale import rescale
+from dstee_jax.selection import drop_and_grow
+from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
+from dstee_jax.transform import transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Leaf",
+    "SparseState",
+    "apply_masks",
+    "density",
+    "distributions",
+    "drop_and_grow",
+    "erk",
+    "exploitation_degree",
+    "exploration_degree",
+    "get_state",
+    "init_masks",
+    "kernels",
+    "methods",
+    "rescale",
+    "scores",
+    "seed_axes",
+    "summary",
+    "transform",
+    "uniform",
+]

@@ -1,0 +1,168 @@
+"""Masks: which leaves are sparse, random masks of exact counts, and applying them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dstee_jax import distributions
+from dstee_jax.distributions import Distribution
+from dstee_jax.selection import largest_bits
+from dstee_jax.state import PyTree, SparseState, find_states, is_dense, mask_leaves, path_name
+
+Where = Callable[[Any, Any], bool]
+Sparsity = float | Mapping[str, float]
+
+_DENSE_NAMES = ("bias", "scale", "embedding")
+
+
+def kernels(path: Any, leaf: Any) -> bool:
+    """The default of `where`: kernels of dense, convolution and attention layers.
+
+    True for arrays of 2 dimensions and more whose path has no part that contains 'bias',
+    'scale' or 'embedding'.
+
+    Args:
+      path: key path of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
+      leaf: array or `jax.ShapeDtypeStruct`.
+    """
+    if getattr(leaf, "ndim", 0) < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    return not any(word in path_name(path).lower() for word in _DENSE_NAMES)
+
+
+def active_counts(
+    params: PyTree,
+    sparsity: Sparsity,
+    distribution: Distribution = distributions.erk,
+    where: Where = kernels,
+) -> list[int | None]:
+    """Exact active count of each leaf of `params` in leaf order, None where it stays dense.
+
+    Raises:
+      ValueError: `where` selects no leaf, or the sparsity is impossible.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [path_name(path) if where(path, leaf) else None for path, leaf in leaves]
+    shapes = {
+        name: tuple(leaf.shape)
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+        if name is not None
+    }
+    if leaves and not shapes:
+        raise ValueError(
+            "where selects none of the leaves "
+            f"{[path_name(path) for path, _ in leaves]}: pass where=lambda path, leaf: ... that "
+            "is True for at least one."
+        )
+    counts = distributions.active_counts(shapes, sparsity, distribution)
+    return [None if name is None else counts[name] for name in names]
+
+
+def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
+    """Bool array of `shape` with exactly `count` entries set, uniformly at random."""
+    if count >= math.prod(shape):
+        return jnp.ones(shape, bool)
+    return largest_bits(jax.random.bits(key, shape), jnp.uint32(count))
+
+
+def init_masks(
+    params: PyTree,
+    sparsity: Sparsity,
+    key: jax.Array,
+    *,
+    distribution: Distribution = distributions.erk,
+    where: Where = kernels,
+) -> PyTree:
+    """Random masks of exact counts for the leaves that `where` selects.
+
+    Args:
+      params: pytree of arrays (or inside `jax.eval_shape`).
+      sparsity: in [0, 1), or a dict from path ('Dense_0/kernel') to sparsity.
+      key: PRNG key.
+      distribution: how the sparsity is shared among the leaves.
+      where: `(path, leaf) -> bool`, which leaves are sparse.
+
+    Returns:
+      The structure of `params`: a bool array for each selected leaf, `optax.MaskedNode()` for
+      the others.
+
+    Raises:
+      ValueError: `where` selects no leaf, or a leaf would keep no weight.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((10, 10)), "bias": jnp.ones(10)}
+      >>> masks = init_masks(params, 0.9, jax.random.key(0))
+      >>> int(masks["kernel"].sum()), masks["bias"]
+      (10, MaskedNode())
+    """
+    counts = active_counts(params, sparsity, distribution, where)
+    leaves, treedef = jax.tree.flatten(params)
+    masks = [
+        optax.MaskedNode() if n is None else random_mask(jax.random.fold_in(key, i), leaf.shape, n)
+        for i, (leaf, n) in enumerate(zip(leaves, counts, strict=True))
+    ]
+    return jax.tree.unflatten(treedef, masks)
+
+
+def check_masks(masks: PyTree, params: PyTree) -> None:
+    """Raise a ValueError that names the leaf unless masks fit params."""
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), mask in zip(paths, mask_leaves(masks, params), strict=True):
+        if is_dense(mask):
+            continue
+        if not hasattr(mask, "dtype") or mask.dtype != bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
+            raise ValueError(
+                f"mask of {path_name(path)} has dtype {kind}: make it bool (m.astype(bool))."
+            )
+        if mask.shape != leaf.shape:
+            raise ValueError(
+                f"mask of {path_name(path)} has shape {mask.shape}, its parameter {leaf.shape}: "
+                "they must be equal."
+            )
+
+
+def concrete_counts(masks: PyTree, params: PyTree) -> list[int | None]:
+    """Active count of each leaf of given masks; these must be concrete, not traced."""
+    flat = mask_leaves(masks, params)
+    if any(isinstance(mask, jax.core.Tracer) for mask in flat):
+        raise ValueError(
+            "masks= is traced: the counts of active weights must be known when the step is "
+            "compiled. Make the masks outside jit and vmap."
+        )
+    return [None if is_dense(mask) else int(np.asarray(mask).sum()) for mask in flat]
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Set inactive weights to zero.
+
+    Args:
+      params: pytree of arrays.
+      masks: masks with the structure of `params`, or an optimizer state that holds them (in
+        any chain, also of an `nnx.Optimizer`).
+
+    Returns:
+      `params` with exact zeros where a mask is False; dense leaves as they were.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> mask = {"w": jnp.array([True, False]), "b": optax.MaskedNode()}
+      >>> apply_masks({"w": jnp.array([1., 2.]), "b": jnp.array([3.])}, mask)["w"].tolist()
+      [1.0, 0.0]
+    """
+    states: list[SparseState] = find_states(masks)
+    for tree in [state.masks for state in states] if states else [masks]:
+        check_masks(tree, params)
+        leaves, treedef = jax.tree.flatten(params)
+        masked = [
+            leaf if is_dense(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+            for leaf, mask in zip(leaves, mask_leaves(tree, params), strict=True)
+        ]
+        params = jax.tree.unflatten(treedef, masked)
+    return params

@@ -1,0 +1,102 @@
+"""Metrics of a sparse network: density, exploration and exploitation degree, a table by leaf."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dstee_jax.state import PyTree, SparseState, get_state, is_dense, path_name
+
+
+def _state(opt_state: PyTree) -> SparseState:
+    return opt_state if isinstance(opt_state, SparseState) else get_state(opt_state)
+
+
+def _share(trees: list[jax.Array]) -> jax.Array:
+    hits = sum(jnp.sum(x, dtype=jnp.float32) for x in trees)
+    return jnp.asarray(hits / sum(x.size for x in trees), jnp.float32)
+
+
+def density(opt_state: PyTree) -> jax.Array:
+    """Share of active weights among all weights of the sparse leaves; float32, shape ().
+
+    Args:
+      opt_state: a `SparseState`, or an optax state with one in it.
+    """
+    return _share(jax.tree.leaves(_state(opt_state).masks))
+
+
+def exploration_degree(opt_state: PyTree) -> jax.Array:
+    """The paper's R: share of weights that have been active at least once; float32, shape ().
+
+    Read off the counters, so the first mask counts only with `counter_init='masks'` (the
+    default). Over all leaves that `where` selects; those that ERK keeps dense are explored.
+
+    Args:
+      opt_state: a `SparseState`, or an optax state with one in it.
+
+    References:
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, R in "Weights Coverage
+      Exploration in Sparse Training".
+    """
+    return _share([counter > 0 for counter in jax.tree.leaves(_state(opt_state).counters)])
+
+
+def exploitation_degree(
+    loss_fn: Callable[[PyTree], jax.Array], params: PyTree, grown: PyTree
+) -> jax.Array:
+    """Eq. 3: how much the loss falls by the weights that a round has grown.
+
+    L(W) - L(W + W_grown). A grown weight starts at zero, so take its value after the next
+    optimizer step.
+
+    Args:
+      loss_fn: params -> scalar loss.
+      params: W, where the grown weights are zero.
+      grown: the structure of params: the values of the grown weights, zero elsewhere.
+
+    Returns:
+      The decrease of the loss, shape (); positive if growing helped.
+
+    References:
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Eq. 3.
+    """
+    return loss_fn(params) - loss_fn(jax.tree.map(jnp.add, params, grown))
+
+
+def summary(opt_state: PyTree) -> str:
+    """A table by leaf: shape, weights, active, explored, and share of all active weights.
+
+    Args:
+      opt_state: a `SparseState`, or an optax state with one in it; concrete, not traced.
+
+    Returns:
+      Text of several lines, to print.
+    """
+    state = _state(opt_state)
+    masks = jax.tree_util.tree_leaves_with_path(state.masks, is_leaf=is_dense)
+    counters = jax.tree.leaves(state.counters, is_leaf=is_dense)
+    rows: list[tuple[Any, ...]] = []
+    total = [0, 0, 0]
+    for (path, mask), counter in zip(masks, counters, strict=True):
+        if is_dense(mask):
+            continue
+        numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+        rows.append((path_name(path), "×".join(map(str, mask.shape)), *numbers))
+    rows.append(("total", "", *total))
+    width = max(len("leaf"), *(len(row[0]) for row in rows))
+    across = max(len("shape"), *(len(row[1]) for row in rows))
+    head = f"{'leaf':<{width}}  {'shape':>{across}} {'weights':>12} {'active':>20} {'explored':>20}"
+    lines = [f"{head} {'share':>7}"]
+    for name, shape, weights, active, explored in rows:
+        lines.append(
+            f"{name:<{width}}  {shape:>{across}} {weights:>12,} {_part(active, weights)} "
+            f"{_part(explored, weights)} {active / total[1]:>7.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _part(count: int, whole: int) -> str:
+    return f"{count:>11,} ({count / whole:>6.1%})"

@@ -1,0 +1,91 @@
+"""When the masks change, and how many weights move then."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+DropFraction = float | Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """The mask steps of a run: multiples of `every` in [first, last].
+
+    Attributes:
+      every: steps between rounds; 0 for no rounds.
+      first: no round before this step.
+      last: no round after this step.
+      fraction: optax schedule of the step, the share of active weights to drop.
+      highest: largest fraction over all rounds (static bound for `k_max`).
+    """
+
+    every: int
+    first: int
+    last: int
+    fraction: Callable[[jax.Array], jax.Array]
+    highest: float
+
+    def is_round(self, count: jax.Array) -> jax.Array:
+        """Whether step `count` (int32, from 1) is a mask step; bool, shape ()."""
+        if not self.every:
+            return jnp.zeros((), bool)
+        return (count % self.every == 0) & (count >= self.first) & (count <= self.last)
+
+    def k(self, active: int, count: jax.Array) -> jax.Array:
+        """How many of a leaf's `active` weights to drop at `count`: floor, at least 1 above 0."""
+        fraction = jnp.clip(jnp.asarray(self.fraction(count), jnp.float32), 0.0, 1.0)
+        k = jnp.floor(fraction * active).astype(jnp.int32)
+        return jnp.where(fraction > 0, jnp.maximum(k, 1), 0)
+
+    def k_max(self, active: int) -> int:
+        """Static upper bound of `k`."""
+        return 0 if self.highest <= 0 else min(active, math.floor(self.highest * active) + 1)
+
+
+NO_ROUNDS = Rounds(every=0, first=0, last=0, fraction=lambda count: jnp.float32(0), highest=0.0)
+
+
+def make_rounds(
+    total_steps: int, drop_fraction: DropFraction, every: int | None, start: float, stop: float
+) -> Rounds:
+    """Check the arguments of `transform` that say when and how much, and make a `Rounds`."""
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps} must be at least 1.")
+    if not 0 <= start <= 1 or not 0 <= stop <= 1:
+        raise ValueError(f"start={start} and stop={stop} are shares of total_steps, in [0, 1].")
+    if stop < start:
+        raise ValueError(f"stop={stop} is before start={start}: exchange them.")
+    if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
+        raise ValueError(f"drop_fraction={drop_fraction} must be in [0, 1], as 0.3.")
+    if every is None:
+        return NO_ROUNDS
+    if every < 1 or every != int(every):
+        raise ValueError(f"every={every} must be an integer of 1 or more (None for no rounds).")
+    first, last = (
+        math.ceil(round(start * total_steps, 6)),
+        math.floor(round(stop * total_steps, 6)),
+    )
+    steps = range(max(every, math.ceil(first / every) * every), last + 1, every)
+    if not steps:
+        raise ValueError(
+            f"no mask step: no multiple of every={every} lies within start={start} and "
+            f"stop={stop} of total_steps={total_steps}, which is [{first}, {last}]. Lower every, "
+            "widen start and stop, or pass every=None for masks that stay fixed."
+        )
+    if callable(drop_fraction):
+        schedule = drop_fraction
+    else:
+        schedule = optax.cosine_decay_schedule(drop_fraction, max(last, 1))
+    with jax.ensure_compile_time_eval():
+        values = jax.vmap(schedule)(jnp.array(steps, jnp.int32))
+        lowest, highest = float(jnp.min(values)), float(jnp.max(values))
+    if not 0 <= lowest <= highest <= 1:
+        raise ValueError(
+            f"the drop_fraction schedule goes from {lowest} to {highest} over the mask steps: "
+            "it must stay in [0, 1]."
+        )
+    return Rounds(every=every, first=first, last=last, fraction=schedule, highest=highest)

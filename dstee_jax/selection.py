@@ -1,0 +1,240 @@
+"""Exact selection of the k best entries of one array, and drop-and-grow on top of it.
+
+Two ways, one result (ties go to the lowest row-major index in both):
+
+* `lax.top_k` on the flattened array: plain, and quick where `k_max` is small.
+* radix bisection: finds the k-th largest entry bit by bit with counting passes. Its cost
+  does not depend on k, k may be traced, and on a sharded array only counts travel.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Selection = Literal["auto", "top_k", "bisection"]
+
+# Measured on 2 CPU cores (benchmarks/mask_update.py): up to here `top_k` beats the bisection.
+_TOP_K_MAX_SIZE = 65_536
+_TOP_K_MAX_K = 256
+
+
+def _ordered_bits(score: jax.Array) -> jax.Array:
+    """Map floats to unsigned integers of the same order (float32 -> uint32)."""
+    unsigned = jnp.uint64 if score.dtype == jnp.float64 else jnp.uint32
+    bits = lax.bitcast_convert_type(score, unsigned)
+    sign = jnp.array(1 << (8 * bits.dtype.itemsize - 1), unsigned)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _linear_index(shape: tuple[int, ...]) -> jax.Array:
+    """Row-major index of every entry, uint32, built without a reshape (which would gather)."""
+    index = jnp.zeros(shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+        stride *= shape[axis]
+    return index
+
+
+def _count_three(key: jax.Array, thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """How many entries reach each of three thresholds, in one pass over the array."""
+    hits = tuple((key >= t).astype(jnp.uint32) for t in thresholds)
+    zeros = (jnp.uint32(0),) * 3
+    add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))  # noqa: E731
+    return tuple(lax.reduce(hits, zeros, add, tuple(range(key.ndim))))
+
+
+def _kth_largest(key: jax.Array, k: jax.Array, bits: int, skip: jax.Array | bool = False):
+    """Find a threshold that at least k entries of an unsigned array reach, and no smaller set.
+
+    Fixes two bits a pass, from the top, and stops early once exactly k entries are reached.
+
+    Returns:
+      `(threshold, reached)`: `reached == k`, or `reached > k` and `threshold` is the k-th
+      largest value exactly (its ties are still to be broken).
+    """
+    dtype = key.dtype
+
+    def unfinished(carry):
+        _, shift, reached = carry
+        return (shift >= 0) & (reached != k)
+
+    def two_bits(carry):
+        threshold, shift, reached = carry
+        step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
+        tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
+        for candidate, count in zip(tries, _count_three(key, tries), strict=True):
+            enough = count >= k
+            threshold = jnp.where(enough, candidate, threshold)
+            reached = jnp.where(enough, count, reached)
+        return threshold, shift - 2, reached
+
+    top = jnp.int32(bits + bits % 2 - 2)
+    start = (jnp.array(0, dtype), jnp.where(skip, -1, top), jnp.uint32(key.size))
+    threshold, _, reached = lax.while_loop(unfinished, two_bits, start)
+    return threshold, reached
+
+
+def largest_bits(key: jax.Array, k: jax.Array) -> jax.Array:
+    """Mask of the k largest entries of an unsigned array of any shape, by bisection.
+
+    Args:
+      key: uint32 (or uint64) array of any shape, at most 2**32 - 1 entries.
+      k: how many, an integer scalar in [0, key.size]; may be traced.
+
+    Returns:
+      A bool array of `key.shape` with exactly k entries set; ties go to the lowest
+      row-major index.
+    """
+    if key.size == 0:
+        return jnp.zeros(key.shape, bool)
+    k = jnp.asarray(k).astype(jnp.uint32)
+    threshold, reached = _kth_largest(key, k, 8 * key.dtype.itemsize)
+    exact = reached == k
+    above, tied = key > threshold, key == threshold
+    missing = k - above.sum(dtype=jnp.uint32)
+    # Among the ties the lowest index wins: bisect the reversed index, 0 for entries not tied.
+    size = jnp.uint32(key.size)
+    rank = jnp.where(tied, size - _linear_index(key.shape), jnp.uint32(0))
+    last, _ = _kth_largest(rank, missing, key.size.bit_length(), skip=exact)
+    return jnp.where(exact, above | tied, above | (tied & (rank >= last)))
+
+
+def _largest_top_k(score: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
+    _, index = lax.top_k(score.reshape(-1), k_max)
+    chosen = jnp.arange(k_max) < k
+    return jnp.zeros(score.size, bool).at[index].set(chosen).reshape(score.shape)
+
+
+def _is_sharded(x: jax.Array) -> bool:
+    """Whether the type of x says that it is split over Explicit mesh axes."""
+    return any(axis is not None for axis in jax.typeof(x).sharding.spec)
+
+
+def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "auto") -> jax.Array:
+    """Mask of the k largest entries of a float array.
+
+    Args:
+      score: float array of any shape. Entries of minus infinity must not be wanted: k is at
+        most the number of the others. No NaN.
+      k: integer scalar in [0, k_max]; may be traced.
+      k_max: static bound on k.
+      selection: `'top_k'`, `'bisection'`, or `'auto'` (by size and sharding).
+
+    Returns:
+      A bool array of `score.shape` with exactly k entries set; ties go to the lowest index.
+    """
+    if selection not in ("auto", "top_k", "bisection"):
+        raise ValueError(f"selection={selection!r} is unknown: use 'auto', 'top_k' or 'bisection'.")
+    if k_max == 0 or score.size == 0:
+        return jnp.zeros(score.shape, bool)
+    if selection == "auto":
+        small = score.size <= _TOP_K_MAX_SIZE and k_max <= _TOP_K_MAX_K
+        selection = "top_k" if small and not _is_sharded(score) else "bisection"
+    if selection == "top_k":
+        return _largest_top_k(score, k, k_max)
+    return largest_bits(_ordered_bits(score), k)
+
+
+def _clean(score: jax.Array) -> jax.Array:
+    """At least float32; subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them."""
+    score = jnp.asarray(score)
+    if not jnp.issubdtype(score.dtype, jnp.floating):
+        score = score.astype(jnp.float32)
+    score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
+    tiny = jnp.finfo(score.dtype).tiny
+    return jnp.where(jnp.abs(score) < tiny, jnp.zeros((), score.dtype), score)
+
+
+@functools.partial(jax.jit, static_argnames=("k_max", "regrow", "selection"))
+def drop_and_grow(
+    mask: jax.Array,
+    drop_score: jax.Array,
+    grow_score: jax.Array,
+    k: jax.Array | int,
+    *,
+    k_max: int,
+    k_grow: jax.Array | int | None = None,
+    regrow: bool = False,
+    selection: Selection = "auto",
+) -> jax.Array:
+    """Drop k active entries of one mask and grow as many inactive ones.
+
+    Drops the k active entries of lowest `drop_score`, then grows the `k_grow` inactive
+    entries of highest `grow_score`. Exact counts; ties go to the lowest row-major index.
+
+    k is clipped to what is possible: `k_max`, the active entries, and (where `k_grow` is not
+    given) the inactive entries with a finite grow score, so that the count of the mask never
+    changes. An entry with a NaN or infinite grow score is never grown; one with a NaN drop
+    score is dropped last.
+
+    Args:
+      mask: bool array of any shape, True where a weight is active.
+      drop_score: real array of `mask.shape`; low goes first.
+      grow_score: real array of `mask.shape`; high goes first.
+      k: how many to drop, integer scalar, may be traced.
+      k_max: static upper bound on k and k_grow.
+      k_grow: how many to grow; default as many as were dropped.
+      regrow: whether entries dropped in this call may come back in it.
+      selection: `'auto'`, `'top_k'` or `'bisection'`: same result, different cost. `'auto'`
+        takes `top_k` for `k_max` up to 256 in arrays of up to 65,536 entries that are not
+        split over Explicit mesh axes, and the bisection elsewhere.
+
+    Returns:
+      The new mask, bool, of `mask.shape`.
+
+    Raises:
+      ValueError: shapes differ, `mask` is not bool, or `k_max` is negative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.array([True, True, False, False])
+      >>> weight = jnp.array([0.1, 2.0, 0.0, 0.0])
+      >>> gradient = jnp.array([9.0, 0.0, 0.3, -0.5])
+      >>> drop_and_grow(mask, abs(weight), abs(gradient), 1, k_max=1).tolist()
+      [False, True, False, True]
+
+    References:
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
+    """
+    if mask.dtype != bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: pass a bool array (mask.astype(bool)).")
+    if not mask.shape == jnp.shape(drop_score) == jnp.shape(grow_score):
+        raise ValueError(
+            f"mask, drop_score and grow_score have shapes {mask.shape}, {jnp.shape(drop_score)} "
+            f"and {jnp.shape(grow_score)}: pass three arrays of one shape."
+        )
+    if k_max < 0:
+        raise ValueError(f"k_max={k_max} is negative: pass a bound of 0 or more.")
+    k_max = min(k_max, mask.size)
+    if k_max == 0:
+        return mask
+
+    drop_score, grow_score = _clean(drop_score), _clean(grow_score)
+    growable = ~mask & jnp.isfinite(grow_score)
+    count = functools.partial(jnp.sum, dtype=jnp.uint32)
+
+    def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.asarray(k), 0, k_max).astype(jnp.uint32).clip(max=bound)
+
+    k = clip(k, count(mask))
+    if k_grow is None and not regrow:
+        k = k.clip(max=count(growable))
+
+    highest = jnp.finfo(drop_score.dtype).max
+    worst = jnp.where(jnp.isnan(drop_score), highest, drop_score.clip(-highest, highest))
+    dropped = largest(jnp.where(mask, -worst, -jnp.inf), k, k_max, selection)
+
+    if regrow:
+        # A dropped entry without a finite score is grown only if nothing else is left, which
+        # is the same as not having dropped it.
+        lowest = jnp.finfo(grow_score.dtype).min
+        back = jnp.where(jnp.isfinite(grow_score), grow_score, lowest)
+        grow_score = jnp.where(dropped, back, grow_score)
+        growable = growable | dropped
+    k_grow = k if k_grow is None else clip(k_grow, count(growable))
+    grown = largest(jnp.where(growable, grow_score, -jnp.inf), k_grow, k_max, selection)
+    return (mask & ~dropped) | grown

@@ -1,0 +1,182 @@
+"""The state of sparse training: a NamedTuple of arrays, and how to find it in a chain."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+
+
+class SparseState(NamedTuple):
+    """State of `dstee.transform`. Arrays only; it can be donated, saved, sharded and vmapped.
+
+    `masks` and `counters` have the structure of the parameters, with an `optax.MaskedNode()`
+    for each leaf that stays dense.
+    """
+
+    count: jax.Array  # int32, shape (): how many times update was called
+    key: jax.Array  # typed PRNG key, shape (): folded with count, never split
+    masks: PyTree  # bool, shape of the parameter: True where a weight is active
+    counters: PyTree  # uint16, shape of the parameter: rounds a weight was active, saturating
+    rule_state: PyTree  # (), or what a method keeps of its own
+    inner_state: PyTree  # state of the inner optimizer, () without one
+
+
+class Leaf(NamedTuple):
+    """What a score function sees of one parameter array at a mask update."""
+
+    param: jax.Array  # the weights, inactive ones zero
+    grad: jax.Array  # the dense gradient, shape of param
+    mask: jax.Array  # bool, shape of param: True where active before the update
+    counter: jax.Array  # uint16, shape of param: rounds in which the weight was active
+    key: jax.Array  # typed PRNG key of this leaf, round and score
+    count: jax.Array  # int32, shape (): the step t, from 1
+    rule_state: PyTree  # what the method keeps of its own for this leaf
+
+
+class LeafWithoutGrad(Leaf):
+    """A leaf whose gradient nobody passed: reading it is an error that says how to pass it."""
+
+    @property
+    def grad(self) -> jax.Array:  # type: ignore[override]
+        raise ValueError(
+            "This score reads the gradient, and dstee.transform() without an inner optimizer "
+            "sees only the updates that come down the chain. Pass the raw gradient: "
+            "tx.update(grads, opt_state, params, grad=grads), or give the optimizer to "
+            "transform: dstee.transform(optax.sgd(0.1), ...)."
+        )
+
+
+def is_dense(node: Any) -> bool:
+    """Whether a node of `masks` stands for a leaf that stays dense."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def path_name(path: Any) -> str:
+    """The name of a leaf: its path with slashes, as 'Dense_0/kernel'; NNX's '/value' left out."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def mask_leaves(masks: PyTree, params: PyTree) -> list[Any]:
+    """Flatten `masks` in the order of the leaves of `params` (`MaskedNode` where dense).
+
+    Compares names, not tree types: NNX wraps the same leaf in a Param, an OptVariable or not at
+    all. A MaskedNode in `params` is what `optax.masked` leaves there: not a leaf.
+    """
+    flatten = jax.tree_util.tree_leaves_with_path
+    nodes, flat = flatten(params, is_leaf=is_dense), flatten(masks, is_leaf=is_dense)
+    names, mask_names = ([path_name(path) for path, _ in tree] for tree in (nodes, flat))
+    if names != mask_names:
+        differ = sorted(set(names) ^ set(mask_names)) or "their order"
+        raise ValueError(
+            f"masks and params have different structures; they differ in {differ}. Give a bool "
+            "array for each sparse leaf and optax.MaskedNode() for each dense one."
+        )
+    return [mask for (_, mask), (_, node) in zip(flat, nodes, strict=True) if not is_dense(node)]
+
+
+def replace_leaves(masks: PyTree, params: PyTree, new: list[Any]) -> PyTree:
+    """Put `new`, in the order of the leaves of `params`, into the structure of `masks`."""
+    flat, treedef = jax.tree.flatten(masks, is_leaf=is_dense)
+    nodes = jax.tree.leaves(params, is_leaf=is_dense)
+    values = iter(new)
+    pairs = zip(flat, nodes, strict=True)
+    return treedef.unflatten([m if is_dense(n) else next(values) for m, n in pairs])
+
+
+def _is_variable(node: Any) -> bool:
+    """Whether node is a Flax NNX Variable (told by its interface: Flax is not imported)."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
+
+
+def _unwrap(tree: PyTree) -> PyTree:
+    """Replace the Variables in which `nnx.Optimizer` keeps state by their values."""
+
+    def value(node: Any) -> Any:
+        return _unwrap(node.get_value()) if _is_variable(node) else node
+
+    return jax.tree.map(value, tree, is_leaf=_is_variable)
+
+
+def find_states(opt_state: PyTree) -> list[SparseState]:
+    """All `SparseState`s inside an optimizer state, in order."""
+    is_state = lambda node: isinstance(node, SparseState)  # noqa: E731
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
+    return [node for node in nodes if is_state(node)]
+
+
+def get_state(opt_state: PyTree) -> SparseState:
+    """Find the one `SparseState` in the state of any chain of optax transformations.
+
+    Args:
+      opt_state: an optax state that holds exactly one `SparseState`, at any depth; also
+        `nnx.Optimizer(...).opt_state`, whose Variables are unwrapped.
+
+    Returns:
+      The `SparseState`.
+
+    Raises:
+      ValueError: there is none, or more than one.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> tx = optax.chain(dstee.transform(
+      ...     optax.sgd(0.1), sparsity=0.5, total_steps=200, key=jax.random.key(0)))
+      >>> state = dstee.get_state(tx.init({"kernel": jnp.ones((4, 4))}))
+      >>> int(state.masks["kernel"].sum())
+      8
+    """
+    states = find_states(opt_state)
+    if len(states) != 1:
+        raise ValueError(
+            f"opt_state holds {len(states)} SparseStates, expected exactly 1: pass the state "
+            "that the init of an optimizer with one dstee.transform() in it returned."
+        )
+    (state,) = states
+    inner = state.inner_state
+    return _unwrap(state._replace(inner_state=()))._replace(inner_state=_unwrap(inner))
+
+
+def seed_axes(opt_state: PyTree) -> PyTree:
+    """`in_axes`/`out_axes` for `jax.vmap` over seeds: all batched but the step counters.
+
+    A batched step counter would turn the `lax.cond` around the mask update into a select, and
+    every step would pay for a mask update.
+
+    Args:
+      opt_state: an optax state (or its `jax.eval_shape`) with `SparseState`s in it.
+
+    Returns:
+      A pytree of 0 and None with the structure of `opt_state`.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> def init(key):
+      ...     tx = dstee.transform(optax.sgd(0.1), sparsity=0.5, total_steps=200, key=key)
+      ...     return tx.init({"kernel": jnp.ones((4, 4))})
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> axes = dstee.seed_axes(jax.eval_shape(init, keys[0]))
+      >>> states = jax.vmap(init, out_axes=axes)(keys)
+      >>> states.count.shape, states.masks["kernel"].shape
+      ((), (3, 4, 4))
+    """
+    is_state = lambda node: isinstance(node, SparseState)  # noqa: E731
+
+    def axes(node: Any) -> Any:
+        if not is_state(node):
+            return 0
+        return jax.tree.map(lambda _: 0, node)._replace(count=None)
+
+    return jax.tree.map(axes, opt_state, is_leaf=is_state)
+
+
+def copy_key(key: jax.Array) -> jax.Array:
+    """A typed key in a buffer of its own, so that donating the state can't eat the caller's."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.array(key, copy=True))
+    data = jnp.array(jax.random.key_data(key), copy=True)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))

@@ -1,0 +1,282 @@
+"""`transform`: drop-and-grow as an optax transformation that keeps parameters sparse itself."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dstee_jax import distributions, scores
+from dstee_jax import masks as masks_lib
+from dstee_jax.distributions import Distribution
+from dstee_jax.masks import Sparsity, Where, kernels
+from dstee_jax.moments import merge
+from dstee_jax.rule import Rule, update_topology
+from dstee_jax.schedule import DropFraction, make_rounds
+from dstee_jax.scores import Score
+from dstee_jax.selection import Selection
+from dstee_jax.state import (
+    Leaf,
+    LeafWithoutGrad,
+    PyTree,
+    SparseState,
+    copy_key,
+    is_dense,
+    mask_leaves,
+    replace_leaves,
+)
+
+
+def transform(
+    inner: optax.GradientTransformation | None = None,
+    *,
+    sparsity: Sparsity | None = None,
+    total_steps: int,
+    key: jax.Array,
+    distribution: Distribution = distributions.erk,
+    where: Where = kernels,
+    masks: PyTree | None = None,
+    drop: Score | None = None,
+    grow: Score | None = None,
+    drop_fraction: DropFraction = 0.3,
+    every: int | None = 100,
+    start: float = 0.0,
+    stop: float = 0.75,
+    regrow: bool = False,
+    update_weights: bool = False,
+    counter_init: str = "masks",
+    counter_update: str = "new",
+    counter_dtype: Any = jnp.uint16,
+    selection: Selection = "auto",
+) -> optax.GradientTransformationExtraArgs:
+    """Dynamic sparse training, DST-EE by default, as an optax transformation.
+
+    Every `every` steps, from each sparse leaf, the k active weights of lowest `drop` score are
+    deactivated and the k inactive weights of highest `grow` score activated, at zero. On all
+    steps the update of an inactive weight w is -w, so that after `optax.apply_updates` it is
+    exactly zero. This holds only if nothing rescales the updates afterwards: `transform` wraps
+    the whole optimizer (best) or is the last link of an `optax.chain`.
+
+    With `inner`, the gradient that reaches it is masked, and what it keeps of inactive weights
+    stays at the initial value. Without it, the updates that come down the chain are masked,
+    and scores that read the gradient need it as the extra argument `grad=`.
+
+    Args:
+      inner: the optimizer to wrap, None as the last link of a chain.
+      sparsity: share of zeros in all selected leaves together, in [0, 1); or a dict from path
+        to sparsity. May be left out with `masks`.
+      total_steps: number of calls of `update` in the whole training.
+      key: PRNG key for the first masks and for random scores; copied.
+      distribution: `erk`, `uniform`, or a function like them.
+      where: `(path, leaf) -> bool`, which leaves are sparse; default `kernels`.
+      masks: concrete masks to start from, instead of random ones.
+      drop: score of the weights to drop (lowest first); default `scores.magnitude()`.
+      grow: score of the weights to grow (highest first); default `scores.acquisition()`.
+      drop_fraction: share of a leaf's active weights dropped in a round. A number in [0, 1] is
+        where a cosine that ends at zero at `stop` starts; a callable is an optax schedule of
+        the step. k = floor(fraction * active), at least 1 while the fraction is above 0.
+      every: steps between rounds (the paper's ΔT), at least 1; None for no rounds at all.
+      start: share of `total_steps` before which there is no round, in [0, 1].
+      stop: share of `total_steps` after which there is no round, in [start, 1].
+      regrow: whether a weight dropped in a round may be grown in it.
+      update_weights: take an optimizer step on mask steps too, before the masks change. By
+        default no parameter is updated on a mask step, and the inner optimizer's moments
+        stand still while its step counts go on.
+      counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
+        `exploration_degree` does not see the first mask).
+      counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
+        before it.
+      counter_dtype: unsigned integer type; counters saturate.
+      selection: `'auto'`, `'top_k'` or `'bisection'`; take `'bisection'` for arrays that are
+        sharded over Auto mesh axes.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` with a `SparseState`. Its `update` needs
+      `params`; extra arguments go on to `inner`.
+
+    Raises:
+      ValueError: an argument is out of range (here), or params, gradients and masks do not fit
+        together (in `init` and `update`).
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> tx = dstee.transform(optax.adam(1e-2), sparsity=0.9, total_steps=1000,
+      ...                      key=jax.random.key(0))
+      >>> params = {"kernel": jnp.ones((20, 10))}
+      >>> opt_state = tx.init(params)
+      >>> params = dstee.apply_masks(params, opt_state)
+      >>> grads = jax.grad(lambda p: (p["kernel"] ** 2).sum())(params)
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> int((params["kernel"] != 0).sum())
+      20
+
+    References:
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
+
+    Deviations:
+      Where the text and Algorithm 1 differ, the default is: counters start at the first mask
+      and add the new mask after each round; the growth term is the absolute gradient;
+      just-dropped weights are not regrown, since inactive weights alone have a finite score;
+      t counts from 1. The paper runs rounds to the end of training and gives no value for c,
+      the drop fraction and ΔT; the defaults here are measured (see the README).
+    """
+    _check_choice("counter_init", counter_init, ("masks", "zeros"))
+    _check_choice("counter_update", counter_update, ("new", "old"))
+    _check_choice("selection", selection, ("auto", "top_k", "bisection"))
+    if not jnp.issubdtype(counter_dtype, jnp.unsignedinteger):
+        raise ValueError(f"counter_dtype={counter_dtype} must be unsigned, as jnp.uint16.")
+    if sparsity is None and masks is None:
+        raise ValueError("sparsity=None without masks=: give one of them, as sparsity=0.95.")
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key={key!r} is not a PRNG key: pass jax.random.key({key!r}).")
+    rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
+    if every == 1 and not update_weights:
+        raise ValueError(
+            "every=1 makes each step a mask step, which by default updates no weight: pass "
+            "update_weights=True, or a larger every."
+        )
+    rule = Rule(
+        drop=scores.magnitude() if drop is None else drop,
+        grow=scores.acquisition() if grow is None else grow,
+        regrow=regrow,
+        counter_update=counter_update,
+        selection=selection,
+    )
+    wrapped = None if inner is None else optax.with_extra_args_support(inner)
+
+    def counts_of(params: PyTree) -> list[int | None]:
+        if masks is not None:
+            return masks_lib.concrete_counts(masks, params)
+        return masks_lib.active_counts(params, sparsity, distribution, where)
+
+    def init(params: PyTree) -> SparseState:
+        leaves, treedef = jax.tree.flatten(params)
+        if not leaves:  # optax.tree.map_params asks with a placeholder that has no leaves
+            first = counters = params
+        else:
+            if masks is None:
+                first = masks_lib.init_masks(
+                    params, sparsity, key, distribution=distribution, where=where
+                )
+            else:
+                masks_lib.check_masks(masks, params)
+                given = mask_leaves(masks, params)
+                first = treedef.unflatten(m if is_dense(m) else jnp.array(m) for m in given)
+            counters = jax.tree.map(
+                lambda m: m.astype(counter_dtype) * (counter_init == "masks"), first
+            )
+        return SparseState(
+            count=jnp.zeros((), jnp.int32),
+            key=copy_key(key),
+            masks=first,
+            counters=counters,
+            rule_state=(),
+            inner_state=() if wrapped is None else wrapped.init(params),
+        )
+
+    def update(
+        updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError(
+                "dstee.transform needs the parameters: call tx.update(grads, opt_state, params)."
+            )
+        weights, treedef = jax.tree.flatten(params)
+        grads = updates if wrapped is not None else extra.get("grad")
+        outgoing = _leaves_like(treedef, updates, "grads")
+        dense_grads = [None] * len(weights)
+        if grads is not None:
+            dense_grads = _leaves_like(treedef, grads, "grad=")
+        old = mask_leaves(state.masks, params)
+        counters = mask_leaves(state.counters, params)
+        count = optax.safe_increment(state.count)
+
+        outgoing = [_where(m, u) for m, u in zip(old, outgoing, strict=True)]
+        inner_state = state.inner_state
+        if wrapped is not None:
+            active_grads = treedef.unflatten(outgoing)
+            step, inner_state = wrapped.update(active_grads, inner_state, params, **extra)
+            outgoing = treedef.flatten_up_to(step)
+
+        def leaf(i: int) -> Leaf:
+            w = weights[i]
+            moved = w + outgoing[i].astype(w.dtype) if update_weights else w
+            return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
+                param=_where(old[i], moved),
+                grad=dense_grads[i],
+                mask=old[i],
+                counter=counters[i],
+                key=jax.random.fold_in(jax.random.fold_in(state.key, count), i),
+                count=count,
+                rule_state=state.rule_state,
+            )
+
+        is_round, new, counters = update_topology(
+            rule, rounds, counts_of(params), leaf, old, counters, count
+        )
+        # Alive: active before and after. What has just grown starts at zero, like the rest.
+        alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
+        frozen = False if update_weights else is_round
+        emitted = [_emit(*leaf, frozen) for leaf in zip(alive, outgoing, weights, strict=True)]
+        if wrapped is not None:
+            start_params = treedef.unflatten(map(_where, alive, weights))
+            inner_state = merge(
+                inner_state,
+                state.inner_state,
+                wrapped.init(start_params),
+                params,
+                functools.partial(_moment, alive, frozen),
+            )
+        return treedef.unflatten(emitted), SparseState(
+            count=count,
+            key=state.key,
+            masks=replace_leaves(state.masks, params, new),
+            counters=replace_leaves(state.counters, params, counters),
+            rule_state=state.rule_state,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _where(mask: Any, x: jax.Array) -> jax.Array:
+    """Zero where the mask is False; x itself for a dense leaf."""
+    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
+
+
+def _freeze(frozen: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`old` on a mask step; `new` itself, with no select, where there can be none."""
+    return new if frozen is False else jnp.where(frozen, old, new)
+
+
+def _emit(alive: Any, update: jax.Array, weight: jax.Array, frozen: Any) -> jax.Array:
+    """The update of one leaf: -weight where not alive, nothing at all on a mask step."""
+    update = _freeze(frozen, update, jnp.zeros_like(update))
+    if is_dense(alive):
+        return update
+    exact = jnp.promote_types(update.dtype, weight.dtype)  # a narrower -weight would not cancel
+    return jnp.where(alive, update.astype(exact), -weight.astype(exact))
+
+
+def _moment(
+    alive: list[Any], frozen: Any, i: int, new: jax.Array, old: jax.Array, initial: jax.Array
+) -> jax.Array:
+    """A moment of leaf i: as it was on a mask step, its initial value where not alive."""
+    moment = _freeze(frozen, new, old)
+    return moment if is_dense(alive[i]) else jnp.where(alive[i], moment, initial)
+
+
+def _leaves_like(treedef: Any, tree: PyTree, what: str) -> list[jax.Array]:
+    if jax.tree.structure(tree) != treedef:
+        raise ValueError(
+            f"{what} and params have different structures, {jax.tree.structure(tree)} and "
+            f"{treedef}: differentiate with respect to these params."
+        )
+    return jax.tree.leaves(tree)
+
+
+def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is unknown: choose from {valid}.")

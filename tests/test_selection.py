@@ -1,0 +1,130 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from dstee_jax.selection import drop_and_grow, largest
+
+WAYS = ("top_k", "bisection")
+
+
+@pytest.mark.parametrize("selection", WAYS)
+@pytest.mark.parametrize("shape", [(1,), (7,), (40, 30), (3, 3, 8, 16)])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("regrow", [False, True])
+def test_agrees_with_the_oracle(selection, shape, ties, regrow):
+    rng = np.random.default_rng(0)
+    mask = rng.random(shape) < 0.4
+    drop, grow = rng.normal(size=(2, *shape)).astype(np.float32)
+    if ties:
+        drop, grow = drop.round(), grow.round()
+    possible = min(mask.sum(), mask.size if regrow else (~mask).sum())
+    for k in {0, min(1, possible), possible // 2, possible}:
+        k_max = int(mask.size)
+        new = drop_and_grow(mask, drop, grow, k, k_max=k_max, regrow=regrow, selection=selection)
+        np.testing.assert_array_equal(new, oracle.drop_and_grow(mask, drop, grow, k, regrow))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    score=hnp.arrays(
+        np.float32,
+        st.sampled_from([(5,), (4, 6), (3, 5, 7)]),
+        elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+    ),
+    share=st.floats(0, 1),
+)
+def test_both_selections_give_the_same_mask(score, share):
+    # Subnormals and -0.0 are zeros, as drop_and_grow cleans them.
+    score = np.where(np.abs(score) < np.finfo(np.float32).tiny, np.float32(0), score)
+    k = round(share * score.size)
+    top, bisection = (largest(jnp.asarray(score), k, score.size, way) for way in WAYS)
+    np.testing.assert_array_equal(top, bisection)
+    order = sorted(range(score.size), key=lambda i: (-score.ravel()[i], i))[:k]
+    assert set(np.flatnonzero(bisection)) == set(order)
+
+
+@pytest.mark.parametrize("selection", WAYS)
+def test_k_may_be_traced_and_is_clipped(selection):
+    mask = jnp.array([True] * 3 + [False] * 5)
+    score = jnp.arange(8.0)
+    step = jax.jit(lambda k: drop_and_grow(mask, score, score, k, k_max=4, selection=selection))
+    for k, kept in [(-3, 3), (0, 3), (2, 1), (3, 0), (100, 0)]:
+        new = step(k)
+        assert new.sum() == 3
+        assert (new & mask).sum() == kept
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("selection", WAYS)
+@pytest.mark.parametrize("regrow", [False, True])
+def test_non_finite_scores_never_grow_and_counts_hold(selection, regrow):
+    mask = jnp.array([True, True, True, True, False, False, False, False])
+    drop = jnp.array([1.0, jnp.nan, 2.0, -jnp.inf, 0, 0, 0, 0])
+    grow = jnp.array([jnp.nan] * 4 + [jnp.nan, 0.5, jnp.inf, -jnp.inf])
+    new = drop_and_grow(mask, drop, grow, 4, k_max=4, regrow=regrow, selection=selection)
+    assert new.sum() == 4
+    assert not new[jnp.array([4, 6, 7])].any()
+    assert new[5]
+    one = drop_and_grow(mask, drop, grow, 1, k_max=4, regrow=regrow, selection=selection)
+    assert one.tolist() == [True, True, True, False, False, True, False, False]
+
+
+def test_k_grow_changes_the_count():
+    mask = jnp.array([True, True, False, False, False])
+    score = jnp.arange(5.0)
+    new = drop_and_grow(mask, score, score, 1, k_max=3, k_grow=3)
+    assert new.tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.int32])
+def test_narrow_scores(dtype):
+    mask = jnp.array([True, False, False])
+    new = drop_and_grow(mask, jnp.ones(3, dtype), jnp.array([0, 1, 2], dtype), 1, k_max=1)
+    assert new.tolist() == [False, False, True]
+
+
+def test_works_under_vmap():
+    keys = jax.random.split(jax.random.key(0), 5)
+    mask = jax.vmap(lambda k: jax.random.bernoulli(k, 0.3, (20, 20)))(keys)
+    score = jax.vmap(lambda k: jax.random.normal(k, (20, 20)))(keys)
+    ks = jnp.arange(5) * 7
+
+    def step(m, s, k):
+        return drop_and_grow(m, jnp.abs(s), s, k, k_max=40, selection="bisection")
+
+    batched = jax.vmap(step)(mask, score, ks)
+    for i in range(5):
+        np.testing.assert_array_equal(batched[i], step(mask[i], score[i], ks[i]))
+
+
+def test_bad_input():
+    mask, score = jnp.ones(3, bool), jnp.ones(3)
+    with pytest.raises(ValueError, match="dtype float32"):
+        drop_and_grow(score, score, score, 1, k_max=1)
+    with pytest.raises(ValueError, match=r"shapes \(3,\), \(3,\) and \(2,\)"):
+        drop_and_grow(mask, score, score[:2], 1, k_max=1)
+    with pytest.raises(ValueError, match="k_max=-1 is negative"):
+        drop_and_grow(mask, score, score, 1, k_max=-1)
+    with pytest.raises(ValueError, match="'sort' is unknown"):
+        drop_and_grow(mask, score, score, 1, k_max=1, selection="sort")
+
+
+def test_sharded_array_is_not_gathered():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    rng = np.random.default_rng(1)
+    mask = jax.device_put(rng.random((64, 512)) < 0.1, sharding)
+    score = jax.device_put(rng.normal(size=(64, 512)).astype(np.float32), sharding)
+
+    def step(m, s):
+        return drop_and_grow(m, jnp.abs(s), s, 500, k_max=1000, selection="bisection")
+
+    compiled = jax.jit(step, out_shardings=sharding).lower(mask, score).compile()
+    assert "all-gather" not in compiled.as_text()
+    expected = oracle.drop_and_grow(*map(np.asarray, (mask, abs(score), score)), 500, False)
+    np.testing.assert_array_equal(compiled(mask, score), expected)
