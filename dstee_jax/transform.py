@@ -189,8 +189,12 @@ def transform(
         dense_grads = [None] * len(weights)
         if grads is not None:
             dense_grads = _leaves_like(treedef, grads, "grad=")
-        old = mask_leaves(state.masks, params)
+        masks_now = mask_leaves(state.masks, params)
         counters = mask_leaves(state.counters, params)
+        counts = counts_of(params)
+        # A mask that is all ones for ever costs nothing: its leaf is treated as dense.
+        full = [n == w.size for n, w in zip(counts, weights, strict=True)]
+        old = [optax.MaskedNode() if f else m for f, m in zip(full, masks_now, strict=True)]
         count = optax.safe_increment(state.count)
 
         outgoing = [_where(m, u) for m, u in zip(old, outgoing, strict=True)]
@@ -204,9 +208,9 @@ def transform(
             w = weights[i]
             moved = w + outgoing[i].astype(w.dtype) if update_weights else w
             return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
-                param=_where(old[i], moved),
+                param=_where(masks_now[i], moved),
                 grad=dense_grads[i],
-                mask=old[i],
+                mask=masks_now[i],
                 counter=counters[i],
                 key=jax.random.fold_in(jax.random.fold_in(state.key, count), i),
                 count=count,
@@ -214,7 +218,7 @@ def transform(
             )
 
         is_round, new, counters = update_topology(
-            rule, rounds, counts_of(params), leaf, old, counters, count
+            rule, rounds, counts, leaf, masks_now, counters, count
         )
         # Alive: active before and after. What has just grown starts at zero, like the rest.
         alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
