@@ -1,12 +1,12 @@
 """When the masks change, and how many weights move then."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 DropFraction = float | Callable[[jax.Array], jax.Array]
 
@@ -49,6 +49,12 @@ class Rounds:
 NO_ROUNDS = Rounds(every=0, first=0, last=0, fraction=lambda count: jnp.float32(0), highest=0.0)
 
 
+def _cosine(highest: float, last: int, count: jax.Array) -> jax.Array:
+    """From `highest` at step 0 to zero at step `last`; also under strict dtype promotion."""
+    share = jnp.minimum(count.astype(jnp.float32) / last, 1.0)
+    return highest / 2 * (1 + jnp.cos(jnp.pi * share))
+
+
 def make_rounds(
     total_steps: int, drop_fraction: DropFraction, every: int | None, start: float, stop: float
 ) -> Rounds:
@@ -79,7 +85,7 @@ def make_rounds(
     if callable(drop_fraction):
         schedule = drop_fraction
     else:
-        schedule = optax.cosine_decay_schedule(drop_fraction, max(last, 1))
+        schedule = functools.partial(_cosine, drop_fraction, last)
     with jax.ensure_compile_time_eval():
         values = jax.vmap(schedule)(jnp.array(steps, jnp.int32))
         lowest, highest = float(jnp.min(values)), float(jnp.max(values))

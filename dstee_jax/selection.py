@@ -105,7 +105,7 @@ def largest_bits(key: jax.Array, k: jax.Array) -> jax.Array:
 
 def _largest_top_k(score: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
     _, index = lax.top_k(score.reshape(-1), k_max)
-    chosen = jnp.arange(k_max) < k
+    chosen = jnp.arange(k_max, dtype=jnp.uint32) < jnp.asarray(k).astype(jnp.uint32)
     return jnp.zeros(score.size, bool).at[index].set(chosen).reshape(score.shape)
 
 

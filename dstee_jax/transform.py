@@ -164,9 +164,8 @@ def transform(
                 masks_lib.check_masks(masks, params)
                 given = mask_leaves(masks, params)
                 first = treedef.unflatten(m if is_dense(m) else jnp.array(m) for m in given)
-            counters = jax.tree.map(
-                lambda m: m.astype(counter_dtype) * (counter_init == "masks"), first
-            )
+            begin = jnp.array if counter_init == "masks" else jnp.zeros_like
+            counters = jax.tree.map(lambda m: begin(m, counter_dtype), first)
         return SparseState(
             count=jnp.zeros((), jnp.int32),
             key=copy_key(key),
