@@ -1,0 +1,1 @@
+"""Experiments: small, forkable training programs that use dstee_jax as its users do."""

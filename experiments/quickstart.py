@@ -1,0 +1,274 @@
+"""Sparse training on scikit-learn's handwritten digits: every method, five seeds at once.
+
+    python -m experiments.quickstart
+
+About a minute on 2 CPU cores. Prints a table (test accuracy in percent, mean ± standard
+deviation over the seeds) and the path of a picture. `--record` appends the runs to
+results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of the 1,797 images train,
+20% are for validation (`--split validation`), 20% for the test.
+"""
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import dstee_jax as dstee
+from experiments import records
+from experiments.methods import METHODS, choice, optimizer
+
+WIDTHS = (64, 256, 128, 10)
+BATCH = 64
+STEPS = 2000
+EVAL_EVERY = 50
+LEARNING_RATE = 0.1
+
+
+class Result(NamedTuple):
+    """What one method did at one sparsity; the leading axis of every array is the seed."""
+
+    accuracy: np.ndarray  # (seeds, evaluations), percent
+    exploration: np.ndarray  # (seeds, evaluations), R in [0, 1]
+    density: np.ndarray  # (seeds,)
+    masks: list[np.ndarray]  # the first layer's mask of the first seed, early and late
+    seconds: float
+
+
+def load(split: str) -> tuple[jax.Array, ...]:
+    """Train images and labels, and those of 'validation' or 'test'; (n, 64) in [-1, 1]."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 8 - 1).astype(np.float32)
+    rest, train, rest_labels, train_labels = train_test_split(
+        images, labels, test_size=0.6, random_state=0, stratify=labels
+    )
+    halves = train_test_split(
+        rest, rest_labels, test_size=0.5, random_state=0, stratify=rest_labels
+    )
+    x, y = (halves[0], halves[2]) if split == "validation" else (halves[1], halves[3])
+    return jnp.array(train), jnp.array(train_labels), jnp.array(x), jnp.array(y)
+
+
+def init_params(key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    """He-initialised weights; path 'layer_0/kernel' and so on."""
+    init = jax.nn.initializers.he_normal()
+    layers = list(itertools.pairwise(WIDTHS))
+    return {
+        f"layer_{i}": {
+            "kernel": init(jax.random.fold_in(key, i), shape),
+            "bias": jnp.zeros(shape[1]),
+        }
+        for i, shape in enumerate(layers)
+    }
+
+
+def forward(params: dict[str, dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+    """Logits (n, 10) of images (n, 64)."""
+    for i in range(len(WIDTHS) - 1):
+        layer = params[f"layer_{i}"]
+        x = x @ layer["kernel"] + layer["bias"]
+        x = jax.nn.relu(x) if i < len(WIDTHS) - 2 else x
+    return x
+
+
+def train(
+    method: str,
+    sparsity: float,
+    seeds: int,
+    split: str = "test",
+    steps: int = STEPS,
+    rescale: bool = False,
+    tick: Any = lambda: None,
+    **options: Any,
+) -> Result:
+    """Train all seeds of one method at once with `vmap`; seed s has the same data for all."""
+    begin = time.perf_counter()
+    x_train, y_train, x_eval, y_eval = load(split)
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    inner = optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True)
+    )
+
+    def make(key):
+        return optimizer(method, inner, sparsity=sparsity, total_steps=steps, key=key, **options)
+
+    def init(key):
+        params = init_params(jax.random.fold_in(key, 0))
+        opt_state = make(jax.random.fold_in(key, 1)).init(params)
+        if method != "dense":
+            masks = dstee.get_state(opt_state).masks
+            params = dstee.rescale(params, masks) if rescale else params
+            params = dstee.apply_masks(params, masks)
+        return params, opt_state
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(forward(params, x), y).mean()
+
+    def step(carry, t, key):
+        params, opt_state = carry
+        index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
+        grads = jax.grad(loss)(params, x_train[index], y_train[index])
+        updates, opt_state = make(key).update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    def chunk(params, opt_state, first, key):
+        body = lambda carry, t: step(carry, t, key)  # noqa: E731
+        steps = first + jnp.arange(EVAL_EVERY)
+        (params, opt_state), _ = jax.lax.scan(body, (params, opt_state), steps)
+        hits = forward(params, x_eval).argmax(-1) == y_eval
+        explored = dstee.exploration_degree(opt_state) if method != "dense" else jnp.float32(1)
+        return params, opt_state, 100 * hits.mean(), explored
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    # The step counters stay unbatched, so that the mask update stays behind its lax.cond.
+    axes = dstee.seed_axes(jax.eval_shape(init, keys[0])[1])
+    params, opt_state = jax.jit(jax.vmap(init, out_axes=(0, axes)))(keys)
+    run = jax.jit(
+        jax.vmap(chunk, in_axes=(0, axes, None, 0), out_axes=(0, axes, 0, 0)), donate_argnums=(0, 1)
+    )
+    first_mask = _first_mask(method, opt_state)
+    curves = []
+    for first in range(0, steps, EVAL_EVERY):
+        params, opt_state, accuracy, explored = run(params, opt_state, first, keys)
+        curves.append((np.asarray(accuracy), np.asarray(explored)))
+        tick()
+    accuracy, explored = (np.stack(curve, axis=1) for curve in zip(*curves, strict=True))
+    density = np.ones(seeds)
+    if method != "dense":
+        per_seed = dstee.get_state(opt_state).masks
+        density = np.asarray(jax.vmap(lambda m: _density(m))(per_seed))
+    masks = [first_mask, _first_mask(method, opt_state)]
+    return Result(accuracy, explored, density, masks, time.perf_counter() - begin)
+
+
+def _density(masks: Any) -> jax.Array:
+    leaves = jax.tree.leaves(masks)
+    return sum(m.sum() for m in leaves) / sum(m.size for m in leaves)
+
+
+def _first_mask(method: str, opt_state: Any) -> np.ndarray:
+    if method == "dense":
+        return np.ones(WIDTHS[:2], bool)
+    return np.asarray(dstee.get_state(opt_state).masks["layer_0"]["kernel"][0])
+
+
+def picture(results: dict[tuple[str, float], Result], path: Path) -> None:
+    """Accuracy and exploration over training, and the first layer's mask early and late."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    colors = dict(
+        zip(METHODS, ["#444444", "#999999", "#E69F00", "#0072B2", "#D55E00"], strict=False)
+    )
+    hardest = max(sparsity for _, sparsity in results)
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for (method, sparsity), result in results.items():
+        if sparsity not in (0.0, hardest):
+            continue
+        at = EVAL_EVERY * (1 + np.arange(result.accuracy.shape[1]))
+        mean, sd = result.accuracy.mean(0), result.accuracy.std(0)
+        axes[0, 0].plot(at, mean, color=colors[method], label=method)
+        axes[0, 0].fill_between(at, mean - sd, mean + sd, color=colors[method], alpha=0.15, lw=0)
+        if method != "dense":
+            axes[0, 1].plot(at, result.exploration.mean(0), color=colors[method], label=method)
+    low = min(r.accuracy[:, -1].mean() for r in results.values())
+    axes[0, 0].set(xlabel="step", ylabel="test accuracy (%)", ylim=(low - 8, 100))
+    axes[0, 0].set_title(f"accuracy at {hardest:.0%} sparsity (band: 1 sd)")
+    axes[0, 1].set(xlabel="step", ylabel="exploration degree R", title="weights ever active")
+    for axis in axes[0]:
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    masks = results.get(("dst_ee", hardest), next(reversed(results.values()))).masks
+    for axis, mask, when in zip(axes[1], masks, ("before", "after"), strict=True):
+        # Inputs are pixels of an 8 by 8 image: draw how many hidden units read each.
+        image = axis.imshow(
+            mask.sum(1).reshape(8, 8), cmap="cividis", vmin=0, vmax=masks[-1].sum(1).max()
+        )
+        axis.set(title=f"first layer {when} training: connections per pixel", xticks=[], yticks=[])
+        figure.colorbar(image, ax=axis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    quick = ["dense", "static", "set", "rigl", "dst_ee"]
+    parser.add_argument("--methods", nargs="+", type=choice([*METHODS]), default=quick)
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95, 0.98])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--picture", type=Path, default=Path("runs/quickstart.png"))
+    parser.add_argument("--record", action="store_true", help="append to results/digits.jsonl")
+    args = parser.parse_args(argv)
+
+    cells = [(m, s) for m in args.methods if m != "dense" for s in args.sparsity]
+    cells = [("dense", 0.0)] * ("dense" in args.methods) + cells
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    results = {}
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(cells) * STEPS // EVAL_EVERY)
+        for method, sparsity in cells:
+            progress.update(bar, description=f"{method} at {sparsity:.0%}")
+            tick = lambda: progress.advance(bar)  # noqa: E731
+            results[method, sparsity] = train(method, sparsity, args.seeds, args.split, tick=tick)
+
+    table = Table(title=f"digits, {args.split} accuracy (%), {args.seeds} seeds")
+    for column in ("method", "sparsity", "accuracy", "density", "R", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for (method, sparsity), result in results.items():
+        accuracy, explored = (
+            records.mean_sd(result.accuracy[:, -1]),
+            result.exploration[:, -1].mean(),
+        )
+        table.add_row(
+            method,
+            f"{sparsity:.0%}",
+            accuracy,
+            f"{result.density.mean():.4f}",
+            f"{explored:.3f}",
+            f"{result.seconds:.1f}",
+        )
+        for seed in range(args.seeds if args.record else 0):
+            record = {
+                "data": "digits",
+                "split": args.split,
+                "model": "mlp",
+                "method": method,
+                "sparsity": sparsity,
+                "seed": seed,
+                "steps": STEPS,
+                "accuracy": float(result.accuracy[seed, -1]),
+                "best_accuracy": float(result.accuracy[seed].max()),
+                "density": float(result.density[seed]),
+                "R": float(result.exploration[seed, -1]),
+                "seconds": round(result.seconds, 1),
+            }
+            records.append(records.RESULTS / "digits.jsonl", record)
+    Console().print(table)
+    picture(results, args.picture)
+    print(f"picture: {args.picture}")
+
+
+if __name__ == "__main__":
+    main()
