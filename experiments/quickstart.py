@@ -86,13 +86,14 @@ def train(
     sparsity: float,
     seeds: int,
     split: str = "test",
-    steps: int = STEPS,
+    steps: int | None = None,
     rescale: bool = False,
     tick: Any = lambda: None,
     **options: Any,
 ) -> Result:
     """Train all seeds of one method at once with `vmap`; seed s has the same data for all."""
     begin = time.perf_counter()
+    steps = STEPS if steps is None else steps
     x_train, y_train, x_eval, y_eval = load(split)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     inner = optax.chain(

@@ -1,0 +1,212 @@
+"""The experiments, on a tiny CIFAR written to disk in the real format, and the real digits."""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cifar, data, models, quickstart, records
+
+pytestmark = [
+    # Raised inside tensorflow-datasets and orbax, by their own dependencies.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def write_cifar(directory, name, classes, sizes):
+    """A TFDS dataset in array_record form, made without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(32, 32, 3)),
+            "label": tfds.features.ClassLabel(num_classes=classes),
+        }
+    )
+    path = directory / name / "3.0.2"
+    path.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=name, version=tfds.core.Version("3.0.2"), data_dir=str(path), module_name=__name__
+    )
+    writer = tfds.core.SequentialWriter(
+        tfds.core.DatasetInfo(builder=identity, features=features),
+        max_examples_per_shard=1000,
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    writer.initialize_splits(list(sizes))
+    rng = np.random.default_rng(0)
+    for split, size in sizes.items():
+        pixels = rng.integers(0, 255, (size, 32, 32, 3), dtype=np.uint8)
+        examples = [{"image": png(p), "label": i % classes} for i, p in enumerate(pixels)]
+        writer.add_examples({split: examples})
+    writer.close_all()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    write_cifar(directory, "cifar10", 10, {"train": 64, "test": 20})
+    write_cifar(directory, "cifar100", 100, {"train": 100, "test": 10})
+    return directory
+
+
+def test_load(data_dir):
+    (images, labels), (test_images, _) = data.load_splits("cifar10", data_dir, validation=False)
+    assert images.shape == (64, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert test_images.shape == (20, 32, 32, 3)
+    assert labels[13] == 3
+    rng = np.random.default_rng(0)  # PNG loses nothing
+    np.testing.assert_array_equal(images, rng.integers(0, 255, images.shape, dtype=np.uint8))
+    train, held_out = data.load_splits("cifar100", data_dir, validation=True)
+    assert (len(train[0]), len(held_out[0])) == (90, 10)
+    assert sorted([*train[1], *held_out[1]]) == list(range(100))
+
+
+def test_missing_data_says_how_to_make_it(tmp_path):
+    with pytest.raises(SystemExit, match="tfds build cifar10 --file_format=array_record"):
+        cifar.main(["--data_dir", str(tmp_path), "--model", "small", "--epochs", "1"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "near"),
+    [("--method", "riggl", "rigl"), ("--dataset", "cifar", "cifar10"), ("--model", "vgg", "vgg19")],
+)
+def test_unknown_names_get_the_nearest(option, value, near, capsys):
+    with pytest.raises(SystemExit):
+        cifar.parse([option, value])
+    message = capsys.readouterr().err
+    assert f"'{value}' is unknown; nearest: " in message
+    assert near in message
+
+
+def test_resume_needs_a_directory(capsys):
+    with pytest.raises(SystemExit):
+        cifar.parse(["--resume"])
+    assert "--work_dir" in capsys.readouterr().err
+
+
+def test_augment_shifts_and_flips():
+    images = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
+    out = np.asarray(data.augment(jax.random.key(1), images, pad=2))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    flips = 0
+    for image, source in zip(out, padded, strict=True):
+        crops = {
+            (i, j, f): np.flip(source[i : i + 8, j : j + 8], 1)
+            if f
+            else source[i : i + 8, j : j + 8]
+            for i in range(5)
+            for j in range(5)
+            for f in (False, True)
+        }
+        found = [key for key, crop in crops.items() if np.array_equal(crop, image)]
+        assert len(found) == 1
+        flips += found[0][2]
+    assert 0 < flips < 16
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "weights"),
+    [
+        # VGG: convolutions 20,018,880; batch norms 2 * 5,504; head 5,130.
+        ("vgg19", 10, 20_018_880 + 11_008 + 5_130),
+        # ResNet-50: the known 25,557,032 of the ImageNet network, with a 3 by 3 stem (1,728
+        # weights, not 9,408) and a head of 20,490 (not 2,049,000).
+        ("resnet50", 10, 25_557_032 - 9_408 + 1_728 - 2_049_000 + 20_490),
+        ("small", 10, 98_970),
+    ],
+)
+def test_number_of_weights(name, classes, weights):
+    from flax import nnx
+
+    make = lambda: models.MODELS[name](classes, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+    assert models.count_weights(nnx.state(nnx.eval_shape(make), nnx.Param)) == weights
+
+
+def cifar_args(data_dir, tmp_path, *extra):
+    command = ["--model=small", "--batch=16", "--epochs=3", "--every=2", "--quiet"]
+    return cifar.parse([*command, f"--data_dir={data_dir}", f"--results={tmp_path}/r", *extra])
+
+
+@pytest.mark.parametrize("method", ["dense", "dst_ee"])
+def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, monkeypatch):
+    whole = cifar.run(cifar_args(data_dir, tmp_path, f"--method={method}"))
+
+    work = [f"--method={method}", f"--work_dir={tmp_path}/work"]
+    real, calls = cifar.Trainer.epoch, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(cifar.Trainer, "epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cifar.run(cifar_args(data_dir, tmp_path, *work))
+    monkeypatch.setattr(cifar.Trainer, "epoch", real)
+    resumed = cifar.run(cifar_args(data_dir, tmp_path, *work, "--resume"))
+    assert resumed["history"] == whole["history"]
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert list((tmp_path / "work" / "events").iterdir())
+
+
+def test_scan_epoch_agrees_with_the_loop(data_dir, tmp_path):
+    arrays = jax.device_put(data.load_splits("cifar10", data_dir, validation=False))[0]
+    trainer = cifar.Trainer(cifar_args(data_dir, tmp_path), 64)
+    order = jnp.arange(64).reshape(4, 16)
+    scanned, losses = trainer.scan_epoch(trainer.init(), order, *arrays)
+    looped = trainer.init()
+    for index, loss in zip(order, losses, strict=True):
+        looped, loss_here = trainer.step(looped, index, *arrays)
+        np.testing.assert_allclose(loss_here, loss, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), scanned.params, looped.params
+    )
+
+
+def test_command_appends_a_record_without_paths(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cifar.py", "--data_dir", str(data_dir), "--seed", "3"])
+    results = tmp_path / "runs.jsonl"
+    command = ["--model=small", "--batch=32", "--epochs=1", "--method=static", "--quiet"]
+    for seed in (3, 4):
+        cifar.main([*command, f"--seed={seed}", f"--data_dir={data_dir}", f"--results={results}"])
+    first, second = records.read(results)
+    assert (first["seed"], second["seed"]) == (3, 4)
+    assert first["command"] == "python -m experiments.cifar --seed 3"
+    assert str(tmp_path) not in json.dumps(first)
+    np.testing.assert_allclose(first["density"], 0.05, atol=1e-3)
+
+
+def test_quickstart(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "STEPS", 200)
+    path = tmp_path / "picture.png"
+    quickstart.main(
+        ["--methods", "dense", "dst_ee", "--sparsity", "0.9", "--seeds", "2", f"--picture={path}"]
+    )
+    text = capsys.readouterr().out
+    assert f"picture: {path}" in text
+    assert "0.1000" in text  # the density that came out
+    with Image.open(path) as image:
+        assert image.size[0] > 800
+
+
+def test_quickstart_learns():
+    result = quickstart.train("dst_ee", 0.9, seeds=2, steps=400)
+    assert result.accuracy[:, -1].min() > 85
+    assert (result.exploration[:, -1] > 0.1).all()
