@@ -1,0 +1,1 @@
+"""Benchmarks: each a command that prints ratios measured in one run."""
