@@ -39,43 +39,53 @@ def _linear_index(shape: tuple[int, ...]) -> jax.Array:
     return index
 
 
-def _count_three(key: jax.Array, thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """How many entries reach each of three thresholds, in one pass over the array."""
-    hits = tuple((key >= t).astype(jnp.uint32) for t in thresholds)
-    zeros = (jnp.uint32(0),) * 3
-    add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))  # noqa: E731
-    return tuple(lax.reduce(hits, zeros, add, tuple(range(key.ndim))))
+def _count(*predicates: jax.Array) -> tuple[jax.Array, ...]:
+    """How many entries of each bool array are True, uint32: one pass over all of them.
+
+    One variadic reduce, which XLA vectorises on CPU where it does not a plain sum of bools:
+    give it two arrays at least.
+    """
+    ones = tuple(p.astype(jnp.uint32) for p in predicates)
+    zeros = (jnp.uint32(0),) * len(ones)
+
+    def add(x: tuple, y: tuple) -> tuple:
+        return tuple(a + b for a, b in zip(x, y, strict=True))
+
+    return tuple(lax.reduce(ones, zeros, add, tuple(range(ones[0].ndim))))
 
 
-def _kth_largest(key: jax.Array, k: jax.Array, bits: int, skip: jax.Array | bool = False):
+def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ...]:
     """Find a threshold that at least k entries of an unsigned array reach, and no smaller set.
 
     Fixes two bits a pass, from the top, and stops early once exactly k entries are reached.
 
     Returns:
-      `(threshold, reached)`: `reached == k`, or `reached > k` and `threshold` is the k-th
-      largest value exactly (its ties are still to be broken).
+      `(threshold, reached, above)`: how many entries are at least, and (exact unless
+      `reached == k`) how many above the threshold. `reached == k`, or `reached > k` and
+      `threshold` is the k-th largest value, whose ties are still to be broken.
     """
     dtype = key.dtype
 
     def unfinished(carry):
-        _, shift, reached = carry
+        _, shift, reached, _ = carry
         return (shift >= 0) & (reached != k)
 
     def two_bits(carry):
-        threshold, shift, reached = carry
+        threshold, shift, reached, above = carry
         step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
         tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-        for candidate, count in zip(tries, _count_three(key, tries), strict=True):
-            enough = count >= k
-            threshold = jnp.where(enough, candidate, threshold)
-            reached = jnp.where(enough, count, reached)
-        return threshold, shift - 2, reached
+        counts = _count(*(key >= t for t in tries))
+        for candidate, count in zip(tries, counts, strict=True):
+            threshold = jnp.where(count >= k, candidate, threshold)
+            reached = jnp.where(count >= k, count, reached)
+        for count in reversed(counts):
+            above = jnp.where(count < k, count, above)
+        return threshold, shift - 2, reached, above
 
     top = jnp.int32(bits + bits % 2 - 2)
-    start = (jnp.array(0, dtype), jnp.where(skip, -1, top), jnp.uint32(key.size))
-    threshold, _, reached = lax.while_loop(unfinished, two_bits, start)
-    return threshold, reached
+    start = (jnp.array(0, dtype), top, jnp.uint32(key.size), jnp.uint32(0))
+    threshold, _, reached, above = lax.while_loop(unfinished, two_bits, start)
+    return threshold, reached, above
 
 
 def largest_bits(key: jax.Array, k: jax.Array) -> jax.Array:
@@ -92,15 +102,16 @@ def largest_bits(key: jax.Array, k: jax.Array) -> jax.Array:
     if key.size == 0:
         return jnp.zeros(key.shape, bool)
     k = jnp.asarray(k).astype(jnp.uint32)
-    threshold, reached = _kth_largest(key, k, 8 * key.dtype.itemsize)
-    exact = reached == k
-    above, tied = key > threshold, key == threshold
-    missing = k - above.sum(dtype=jnp.uint32)
-    # Among the ties the lowest index wins: bisect the reversed index, 0 for entries not tied.
-    size = jnp.uint32(key.size)
-    rank = jnp.where(tied, size - _linear_index(key.shape), jnp.uint32(0))
-    last, _ = _kth_largest(rank, missing, key.size.bit_length(), skip=exact)
-    return jnp.where(exact, above | tied, above | (tied & (rank >= last)))
+    threshold, reached, above = _kth_largest(key, k, 8 * key.dtype.itemsize)
+
+    def break_ties() -> jax.Array:
+        # The lowest index wins: bisect the reversed index, 0 for entries not tied.
+        reverse = jnp.uint32(key.size) - _linear_index(key.shape)
+        rank = jnp.where(key == threshold, reverse, jnp.uint32(0))
+        last, _, _ = _kth_largest(rank, k - above, key.size.bit_length())
+        return (key > threshold) | (rank >= last)
+
+    return lax.cond(reached == k, lambda: key >= threshold, break_ties)
 
 
 def _largest_top_k(score: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
@@ -139,14 +150,8 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
     return largest_bits(_ordered_bits(score), k)
 
 
-def _clean(score: jax.Array) -> jax.Array:
-    """At least float32; subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them."""
-    score = jnp.asarray(score)
-    if not jnp.issubdtype(score.dtype, jnp.floating):
-        score = score.astype(jnp.float32)
-    score = score.astype(jnp.promote_types(score.dtype, jnp.float32))
-    tiny = jnp.finfo(score.dtype).tiny
-    return jnp.where(jnp.abs(score) < tiny, jnp.zeros((), score.dtype), score)
+def _is_finite(score: jax.Array) -> jax.Array:
+    return jnp.isfinite(score) if jnp.issubdtype(score.dtype, jnp.inexact) else score == score
 
 
 @functools.partial(jax.jit, static_argnames=("k_max", "regrow", "selection"))
@@ -212,29 +217,39 @@ def drop_and_grow(
     k_max = min(k_max, mask.size)
     if k_max == 0:
         return mask
+    drop_score, grow_score = jnp.asarray(drop_score), jnp.asarray(grow_score)
 
-    drop_score, grow_score = _clean(drop_score), _clean(grow_score)
-    growable = ~mask & jnp.isfinite(grow_score)
-    count = functools.partial(jnp.sum, dtype=jnp.uint32)
+    active, free = _count(mask, ~mask & _is_finite(grow_score))
 
     def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
         return jnp.clip(jnp.asarray(k), 0, k_max).astype(jnp.uint32).clip(max=bound)
 
-    k = clip(k, count(mask))
-    if k_grow is None and not regrow:
-        k = k.clip(max=count(growable))
+    k = clip(k, active)
+    if k_grow is not None:
+        k_grow = clip(k_grow, free + k if regrow else free)
+    else:
+        k_grow = k = k if regrow else k.clip(max=free)
 
-    highest = jnp.finfo(drop_score.dtype).max
-    worst = jnp.where(jnp.isnan(drop_score), highest, drop_score.clip(-highest, highest))
-    dropped = largest(jnp.where(mask, -worst, -jnp.inf), k, k_max, selection)
+    double = any(jnp.result_type(x) == jnp.float64 for x in (drop_score, grow_score))
+    wide = jnp.float64 if double else jnp.float32
+    largest_float = jnp.finfo(wide).max
 
-    if regrow:
-        # A dropped entry without a finite score is grown only if nothing else is left, which
-        # is the same as not having dropped it.
-        lowest = jnp.finfo(grow_score.dtype).min
-        back = jnp.where(jnp.isfinite(grow_score), grow_score, lowest)
-        grow_score = jnp.where(dropped, back, grow_score)
-        growable = growable | dropped
-    k_grow = k if k_grow is None else clip(k_grow, count(growable))
-    grown = largest(jnp.where(growable, grow_score, -jnp.inf), k_grow, k_max, selection)
-    return (mask & ~dropped) | grown
+    def exchange(phase: jax.Array, now: jax.Array) -> jax.Array:
+        """Phase 0 turns the worst active entries off, phase 1 the best inactive ones on."""
+        dropping = phase == 0
+        raw = jnp.where(dropping, drop_score.astype(wide), grow_score.astype(wide))
+        raw = jnp.where(dropping, -raw, raw)
+        # NaN is dropped last and never grown. A dropped entry without a finite grow score comes
+        # back only if nothing else is left, which is the same as not having dropped it.
+        score = jnp.where(jnp.isfinite(raw), raw, -largest_float)
+        score = jnp.where(raw == jnp.inf, largest_float, score)
+        eligible = jnp.where(dropping, mask, ~mask & jnp.isfinite(raw))
+        if regrow:
+            eligible |= mask & ~now
+        # Subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them.
+        score = jnp.where(jnp.abs(score) < jnp.finfo(wide).tiny, jnp.zeros((), wide), score)
+        score = jnp.where(eligible, score, -jnp.inf)
+        return now ^ largest(score, jnp.where(dropping, k, k_grow), k_max, selection)
+
+    # A loop, not two calls: half the code to compile, and both phases use the same memory.
+    return lax.fori_loop(0, 2, exchange, mask)
