@@ -4,15 +4,16 @@ Each takes `inner` and the keyword arguments of `dstee.transform`, which overrid
 defaults, and returns the same kind of transformation.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import optax
 
 from dstee_jax import scores
 from dstee_jax.transform import transform
 
-Inner = optax.GradientTransformation | None
-Transform = optax.GradientTransformationExtraArgs
+Inner: TypeAlias = optax.GradientTransformation | None
+Transform: TypeAlias = optax.GradientTransformationExtraArgs
+Options: TypeAlias = dict[str, Any]
 
 
 def dst_ee(inner: Inner = None, *, c: float = 1e-3, eps: float = 1.0, **options: Any) -> Transform:
@@ -21,7 +22,8 @@ def dst_ee(inner: Inner = None, *, c: float = 1e-3, eps: float = 1.0, **options:
     References:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
     """
-    return transform(inner, **{"grow": scores.acquisition(c, eps)} | options)
+    defaults: Options = {"grow": scores.acquisition(c, eps)}
+    return transform(inner, **defaults | options)
 
 
 def rigl(inner: Inner = None, **options: Any) -> Transform:
@@ -34,7 +36,8 @@ def rigl(inner: Inner = None, **options: Any) -> Transform:
       Ties in the drop score go to the lowest index; the authors' code breaks them by noise of
       1e-5.
     """
-    return transform(inner, **{"grow": scores.gradient(), "regrow": True} | options)
+    defaults: Options = {"grow": scores.gradient(), "regrow": True}
+    return transform(inner, **defaults | options)
 
 
 def set(inner: Inner = None, **options: Any) -> Transform:
@@ -50,12 +53,14 @@ def set(inner: Inner = None, **options: Any) -> Transform:
       `drop_fraction=optax.constant_schedule(0.3)`, `stop=1.0`), and keeps the output dense.
       This is the version that RigL compares with: magnitude, RigL's schedule.
     """
-    return transform(inner, **{"grow": scores.random(), "regrow": True} | options)
+    defaults: Options = {"grow": scores.random(), "regrow": True}
+    return transform(inner, **defaults | options)
 
 
 def static(inner: Inner = None, **options: Any) -> Transform:
     """Static: the first random mask, kept. No rounds and no counters' growth."""
-    return transform(inner, **{"every": None} | options)
+    defaults: Options = {"every": None}
+    return transform(inner, **defaults | options)
 
 
 def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
@@ -69,8 +74,8 @@ def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Trans
     Deviations:
       k is rounded down, theirs up; first masks have exact counts, theirs are Bernoulli draws.
     """
-    itop = _itop(total_steps) | {"grow": scores.gradient(), "every": 4000}
-    return transform(inner, **itop | options)
+    defaults = _itop(total_steps) | {"grow": scores.gradient(), "every": 4000}
+    return transform(inner, **defaults | options)
 
 
 def set_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
@@ -82,11 +87,11 @@ def set_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transf
     Deviations:
       As `rigl_itop`.
     """
-    itop = _itop(total_steps) | {"grow": scores.random(), "every": 1500}
-    return transform(inner, **itop | options)
+    defaults = _itop(total_steps) | {"grow": scores.random(), "every": 1500}
+    return transform(inner, **defaults | options)
 
 
-def _itop(total_steps: int) -> dict[str, Any]:
+def _itop(total_steps: int) -> Options:
     return {
         "total_steps": total_steps,
         "drop_fraction": optax.cosine_decay_schedule(0.5, max(total_steps, 1), alpha=0.01),

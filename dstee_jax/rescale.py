@@ -36,4 +36,6 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
         return jnp.where(mask, leaf * factor.astype(leaf.dtype), jnp.zeros_like(leaf))
 
     flat = zip(leaves, mask_leaves(masks, params), strict=True)
-    return treedef.unflatten(leaf if is_dense(mask) else scaled(leaf, mask) for leaf, mask in flat)
+    return jax.tree.unflatten(
+        treedef, [leaf if is_dense(mask) else scaled(leaf, mask) for leaf, mask in flat]
+    )

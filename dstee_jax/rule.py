@@ -70,12 +70,12 @@ def update_topology(
         return False, masks, counters
 
     def round_() -> list[tuple[jax.Array, jax.Array]]:
-        return [
-            rule(
-                leaf(i), rounds.k(counts[i], count), rounds.k_max(counts[i]) if i in movable else 0
-            )
-            for i in sparse
-        ]
+        changed = []
+        for i in sparse:
+            active = counts[i] or 0
+            k_max = rounds.k_max(active) if i in movable else 0
+            changed.append(rule(leaf(i), rounds.k(active, count), k_max))
+        return changed
 
     def keep() -> list[tuple[jax.Array, jax.Array]]:
         return [(masks[i], counters[i]) for i in sparse]

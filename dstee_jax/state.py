@@ -16,7 +16,7 @@ class SparseState(NamedTuple):
     for each leaf that stays dense.
     """
 
-    count: jax.Array  # int32, shape (): how many times update was called
+    count: jax.Array  # type: ignore[assignment]  # int32, shape (): how many times update was called
     key: jax.Array  # typed PRNG key, shape (): folded with count, never split
     masks: PyTree  # bool, shape of the parameter: True where a weight is active
     counters: PyTree  # uint16, shape of the parameter: rounds a weight was active, saturating
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
     mask: jax.Array  # bool, shape of param: True where active before the update
     counter: jax.Array  # uint16, shape of param: rounds in which the weight was active
     key: jax.Array  # typed PRNG key of this leaf, round and score
-    count: jax.Array  # int32, shape (): the step t, from 1
+    count: jax.Array  # type: ignore[assignment]  # int32, shape (): the step t, from 1
     rule_state: PyTree  # what the method keeps of its own for this leaf
 
 
@@ -85,7 +85,7 @@ def replace_leaves(masks: PyTree, params: PyTree, new: list[Any]) -> PyTree:
     nodes = jax.tree.leaves(params, is_leaf=is_dense)
     values = iter(new)
     pairs = zip(flat, nodes, strict=True)
-    return treedef.unflatten([m if is_dense(n) else next(values) for m, n in pairs])
+    return jax.tree.unflatten(treedef, [m if is_dense(n) else next(values) for m, n in pairs])
 
 
 def _is_variable(node: Any) -> bool:

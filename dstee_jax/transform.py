@@ -131,6 +131,7 @@ def transform(
         raise ValueError("sparsity=None without masks=: give one of them, as sparsity=0.95.")
     if not hasattr(key, "dtype"):
         raise ValueError(f"key={key!r} is not a PRNG key: pass jax.random.key({key!r}).")
+    target: Sparsity = 0.0 if sparsity is None else sparsity
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(
@@ -149,7 +150,7 @@ def transform(
     def counts_of(params: PyTree) -> list[int | None]:
         if masks is not None:
             return masks_lib.concrete_counts(masks, params)
-        return masks_lib.active_counts(params, sparsity, distribution, where)
+        return masks_lib.active_counts(params, target, distribution, where)
 
     def init(params: PyTree) -> SparseState:
         leaves, treedef = jax.tree.flatten(params)
@@ -158,12 +159,13 @@ def transform(
         else:
             if masks is None:
                 first = masks_lib.init_masks(
-                    params, sparsity, key, distribution=distribution, where=where
+                    params, target, key, distribution=distribution, where=where
                 )
             else:
                 masks_lib.check_masks(masks, params)
                 given = mask_leaves(masks, params)
-                first = treedef.unflatten(m if is_dense(m) else jnp.array(m) for m in given)
+                given = [m if is_dense(m) else jnp.array(m) for m in given]
+                first = jax.tree.unflatten(treedef, given)
             begin = jnp.array if counter_init == "masks" else jnp.zeros_like
             counters = jax.tree.map(lambda m: begin(m, counter_dtype), first)
         return SparseState(
@@ -185,7 +187,7 @@ def transform(
         weights, treedef = jax.tree.flatten(params)
         grads = updates if wrapped is not None else extra.get("grad")
         outgoing = _leaves_like(treedef, updates, "grads")
-        dense_grads = [None] * len(weights)
+        dense_grads: list[Any] = [None] * len(weights)
         if grads is not None:
             dense_grads = _leaves_like(treedef, grads, "grad=")
         masks_now = mask_leaves(state.masks, params)
@@ -199,9 +201,9 @@ def transform(
         outgoing = [_where(m, u) for m, u in zip(old, outgoing, strict=True)]
         inner_state = state.inner_state
         if wrapped is not None:
-            active_grads = treedef.unflatten(outgoing)
+            active_grads = jax.tree.unflatten(treedef, outgoing)
             step, inner_state = wrapped.update(active_grads, inner_state, params, **extra)
-            outgoing = treedef.flatten_up_to(step)
+            outgoing = jax.tree.leaves(step)
 
         def leaf(i: int) -> Leaf:
             w = weights[i]
@@ -224,7 +226,7 @@ def transform(
         frozen = False if update_weights else is_round
         emitted = [_emit(*leaf, frozen) for leaf in zip(alive, outgoing, weights, strict=True)]
         if wrapped is not None:
-            start_params = treedef.unflatten(map(_where, alive, weights))
+            start_params = jax.tree.unflatten(treedef, map(_where, alive, weights))
             inner_state = merge(
                 inner_state,
                 state.inner_state,
@@ -232,7 +234,7 @@ def transform(
                 params,
                 functools.partial(_moment, alive, frozen),
             )
-        return treedef.unflatten(emitted), SparseState(
+        return jax.tree.unflatten(treedef, emitted), SparseState(
             count=count,
             key=state.key,
             masks=replace_leaves(state.masks, params, new),

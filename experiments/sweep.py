@@ -5,8 +5,8 @@
 
 Every method gets the same number of settings and the same seeds: random search on the digits
 (25 minutes on 2 CPU cores), five settings on CIFAR-10 (network `small`, 4 epochs, 98%, one
-seed; 15 minutes). Appends to results/sweep_DATA.jsonl, whose runs are skipped when started again, and
-prints each method's best settings.
+seed; 15 minutes). Appends to results/sweep_DATA.jsonl, whose runs are skipped when started
+again, and prints each method's best settings.
 """
 
 import argparse
