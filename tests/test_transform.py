@@ -85,6 +85,24 @@ def test_agrees_with_the_numpy_oracle(method, sparsity):
             np.testing.assert_allclose(params[name]["kernel"], reference.w, atol=2e-6)
 
 
+@pytest.mark.parametrize("regrow", [False, True])
+def test_set_agrees_with_the_numpy_oracle(regrow):
+    """SET: smallest magnitudes out, uniformly random places in."""
+    params = make_params()
+    tx = methods.set(optax.sgd(0.1), sparsity=0.8, total_steps=20, key=KEY, every=4, regrow=regrow)
+    params, state = run(tx, params, 3)
+    _, after = run(tx, params, 1, state, first=3)
+    k = int(np.float32(0.3 / 2 * (1 + np.cos(np.pi * 4 / 15))) * state.masks["a"]["kernel"].sum())
+    # The documented stream: key, then step, leaf in order (a/bias, a/kernel, ...), 1 for growth.
+    draw = KEY
+    for number in (4, 1, 1):
+        draw = jax.random.fold_in(draw, number)
+    mask, weight = np.asarray(state.masks["a"]["kernel"]), np.asarray(params["a"]["kernel"])
+    score = np.asarray(jax.random.uniform(draw, mask.shape))
+    expected = oracle.drop_and_grow(mask, abs(weight), score, k, regrow)
+    np.testing.assert_array_equal(after.masks["a"]["kernel"], expected)
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     sparsity=st.sampled_from([0.0, 0.5, 0.9]),
