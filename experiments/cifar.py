@@ -42,10 +42,10 @@ class TrainState(NamedTuple):
 class Trainer:
     """A network, an optimizer and the jitted functions that train and evaluate it."""
 
-    def __init__(self, args: argparse.Namespace, train_size: int):
+    def __init__(self, args: argparse.Namespace, train_size: int, seed: int = 0):
         self.batch = args.batch
         self.steps_per_epoch = train_size // args.batch
-        self.key = jax.random.key(args.seed)
+        self.key = jax.random.key(seed)
         self.sparse = args.method != "dense"
         self.rescale = args.rescale
         dtype = jnp.bfloat16 if args.bf16 else jnp.float32
@@ -137,12 +137,13 @@ class Trainer:
         return 100 * float(hits) / len(images)
 
 
-def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
-    """Train, evaluate after each epoch, and return the record."""
+def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str, Any]:
+    """Train one seed, evaluate after each epoch, and return the record."""
     print_ = Console(quiet=args.quiet).print
-    arrays = arrays or data.load_splits(args.dataset, args.data_dir, args.split == "validation")
+    if arrays is None:
+        arrays = data.load_splits(args.dataset, args.data_dir, args.split == "validation")
     (images, labels), (eval_images, eval_labels) = jax.device_put(arrays)
-    trainer = Trainer(args, len(images))
+    trainer = Trainer(args, len(images), seed)
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     store = _Checkpoints(args) if args.work_dir else None
@@ -179,10 +180,11 @@ def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
             store.save(epoch + 1, state, history)
 
     density = float(dstee.density(state.opt_state)) if trainer.sparse else 1.0
-    named = ("dataset", "split", "model", "method", "sparsity", "seed", "epochs", "batch")
+    named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
     options = ("every", "start", "stop", "drop_fraction", "c", "eps", "rescale")
     return {
         **{name: getattr(args, name) for name in named},
+        "seed": seed,
         "data": args.note or args.dataset,
         "options": {n: getattr(args, n) for n in options if getattr(args, n) not in (None, False)},
         "accuracy": history[-1]["accuracy"],
@@ -245,7 +247,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", type=choice([*data.CLASSES]), default="cifar10")
     add("--method", type=choice([*METHODS]), default="dst_ee", help=", ".join(METHODS))
     add("--sparsity", type=float, default=0.95, help="in [0, 1); not used by dense")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, nargs="+", default=[0], help="one run each, one after the other")
     add("--epochs", type=int, default=160)
     add("--batch", type=int, default=128)
     add("--learning_rate", type=float, default=0.1)
@@ -268,6 +270,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.work_dir:
         parser.error("--resume needs the --work_dir of the run to resume.")
+    if args.work_dir and len(args.seed) > 1:
+        parser.error("--work_dir holds one run: pass one --seed.")
     if args.method == "dense":
         args.sparsity = 0.0
     return args
@@ -277,10 +281,11 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse(argv)
     try:
-        record = run(args)
+        arrays = data.load_splits(args.dataset, args.data_dir, args.split == "validation")
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    records.append(args.results, record)
+    for seed in args.seed:
+        records.append(args.results, run(args, seed, arrays))
 
 
 if __name__ == "__main__":

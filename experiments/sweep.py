@@ -76,8 +76,8 @@ def run_cifar(
     options = [f"--{name}={value}" for name, value in setting.items()]
     command = ["--model=small", "--epochs=4", "--split=validation", "--quiet"]
     command += [f"--method={method}", f"--sparsity={sparsity}", *options]
-    parsed = [cifar.parse([*command, f"--seed={seed}"]) for seed in range(seeds)]
-    return [cifar.run(args, arrays)["accuracy"] for args in parsed]
+    args = cifar.parse(command)
+    return [cifar.run(args, seed, arrays)["accuracy"] for seed in range(seeds)]
 
 
 def report(path: Path, top: int = 3) -> str:
