@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def provenance() -> dict[str, Any]:
     """Command, commit, device and versions."""
     options = [a for i, a in enumerate(sys.argv[1:]) if not _is_path(sys.argv[1:], i)]
     return {
-        "command": f"python -m experiments.{Path(sys.argv[0]).stem} {' '.join(options)}".strip(),
+        "command": f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(options)}".strip(),
         "commit": _commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {

@@ -20,13 +20,17 @@ PAIRS = [("set", "static"), ("rigl", "set"), ("dst_ee", "rigl")]
 def accuracy_table(runs: list[dict]) -> str:
     """One row a method, one column a sparsity; dense runs fill the first."""
     lines = []
-    for (data, model, split), rows in records.group(runs, "data", "model", "split").items():
+    for record in runs:
+        record.setdefault("rescale", False)
+    keys = ("data", "model", "split", "rescale")
+    for (data, model, split, rescale), rows in records.group(runs, *keys).items():
         sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"})
         cells = records.group(rows, "method", "sparsity")
         seeds = sorted({len(cell) for cell in cells.values()})
         epochs = {f"{r['epochs']} epochs" if "epochs" in r else f"{r['steps']} steps" for r in rows}
         lines.append(
-            f"{data}, {model}, {split} accuracy (%), {', '.join(sorted(epochs))}, "
+            f"{data}, {model}{', rescaled' if rescale else ''}, {split} accuracy (%), "
+            f"{', '.join(sorted(epochs))}, "
             f"{'/'.join(map(str, seeds))} seeds, last epoch (R: exploration degree)\n"
         )
         lines.append("| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |")
