@@ -221,6 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rescale", action="store_true", help="sparse-aware initial scale")
     parser.add_argument("--record", action="store_true", help="append to results/digits.jsonl")
     args = parser.parse_args(argv)
+    if wrong := [s for s in args.sparsity if not 0 <= s < 1]:
+        parser.error(f"--sparsity {wrong[0]} must be in [0, 1), as 0.95 for 5% of the weights.")
 
     cells = [(m, s) for m in args.methods if m != "dense" for s in args.sparsity]
     cells = [("dense", 0.0)] * ("dense" in args.methods) + cells
