@@ -20,8 +20,6 @@ PAIRS = [("set", "static"), ("rigl", "set"), ("dst_ee", "rigl")]
 def accuracy_table(runs: list[dict]) -> str:
     """One row a method, one column a sparsity; dense runs fill the first."""
     lines = []
-    for record in runs:
-        record.setdefault("rescale", False)
     keys = ("data", "model", "split", "rescale")
     for (data, model, split, rescale), rows in records.group(runs, *keys).items():
         sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"})
@@ -57,7 +55,8 @@ def pair_table(runs: list[dict]) -> str:
         "| data | sparsity | pair | mean difference | standard error |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for (data, sparsity), rows in sorted(records.group(runs, "data", "sparsity").items()):
+    cells = records.group(runs, "data", "rescale", "sparsity")
+    for (data, rescale, sparsity), rows in sorted(cells.items()):
         by = {(r["method"], r["seed"]): r["accuracy"] for r in rows}
         seeds = sorted({r["seed"] for r in rows})
         for better, worse in PAIRS:
@@ -68,7 +67,8 @@ def pair_table(runs: list[dict]) -> str:
                 error = statistics.stdev(gains) / len(gains) ** 0.5
                 mean = statistics.mean(gains)
                 pair = f"{better} − {worse}"
-                lines.append(f"| {data} | {sparsity:.0%} | {pair} | {mean:+.2f} | {error:.2f} |")
+                name = f"{data}, rescaled" if rescale else data
+                lines.append(f"| {name} | {sparsity:.0%} | {pair} | {mean:+.2f} | {error:.2f} |")
     return "\n".join(lines)
 
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--pairs", action="store_true")
     args = parser.parse_args(argv)
-    runs = [run for path in args.files for run in records.read(path)]
+    runs = [{"rescale": False} | run for path in args.files for run in records.read(path)]
     print(accuracy_table(runs))
     if args.pairs:
         print(pair_table(runs))
