@@ -32,12 +32,13 @@ def erk(shapes: Mapping[str, Shape], sparsity: float, *, power: float = 1.0) -> 
     References:
       Evci et al., "Rigging the Lottery", 2020, Section 3; Mocanu et al., 2018.
     """
-    size = {name: math.prod(shape) for name, shape in shapes.items()}
-    raw = {name: (sum(s) / size[name]) ** power for name, s in shapes.items()}
+    empty = {name for name, shape in shapes.items() if 0 in shape}
+    size = {name: math.prod(shape) for name, shape in shapes.items() if name not in empty}
+    raw = {name: (sum(s) / size[name]) ** power for name, s in shapes.items() if name in size}
     dense: set[str] = set()
     while True:
-        zeros = {name: math.floor(sparsity * size[name]) for name in shapes}
-        sparse = [name for name in shapes if name not in dense]
+        zeros = {name: math.floor(sparsity * size[name]) for name in size}
+        sparse = [name for name in size if name not in dense]
         if not sparse:
             return dict.fromkeys(shapes, 0.0)
         budget = sum(size[n] - zeros[n] for n in sparse) - sum(zeros[n] for n in dense)
@@ -46,7 +47,7 @@ def erk(shapes: Mapping[str, Shape], sparsity: float, *, power: float = 1.0) -> 
         if highest * scale <= 1:
             break
         dense |= {n for n in sparse if raw[n] == highest}
-    return {n: 0.0 if n in dense else 1.0 - scale * raw[n] for n in shapes}
+    return {n: 0.0 if n in dense | empty else 1.0 - scale * raw[n] for n in shapes}
 
 
 def uniform(
@@ -120,6 +121,15 @@ def active_counts(
                 "it, or leave the leaf dense with where=."
             )
     return counts
+
+
+def check_sparsity(sparsity: float | Mapping[str, float] | None) -> None:
+    """Raise a ValueError that names the value unless each is in [0, 1) (or there is none)."""
+    if isinstance(sparsity, Mapping):
+        for name, value in sparsity.items():
+            _check(value, f"sparsity of {name}")
+    elif sparsity is not None:
+        _check(sparsity, "sparsity")
 
 
 def _check(value: float, what: str) -> None:

@@ -12,7 +12,15 @@ import optax
 from dstee_jax import distributions
 from dstee_jax.distributions import Distribution
 from dstee_jax.selection import largest_bits
-from dstee_jax.state import PyTree, SparseState, find_states, is_dense, mask_leaves, path_name
+from dstee_jax.state import (
+    PyTree,
+    check_key,
+    find_states,
+    is_dense,
+    leaves_with_path,
+    mask_leaves,
+    path_name,
+)
 
 Where = Callable[[Any, Any], bool]
 Sparsity = float | Mapping[str, float]
@@ -35,7 +43,7 @@ def kernels(path: Any, leaf: Any) -> bool:
     return not any(word in path_name(path).lower() for word in _DENSE_NAMES)
 
 
-def active_counts(
+def leaf_counts(
     params: PyTree,
     sparsity: Sparsity,
     distribution: Distribution = distributions.erk,
@@ -46,7 +54,7 @@ def active_counts(
     Raises:
       ValueError: `where` selects no leaf, or the sparsity is impossible.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
     names = [path_name(path) if where(path, leaf) else None for path, leaf in leaves]
     shapes = {
         name: tuple(leaf.shape)
@@ -59,6 +67,8 @@ def active_counts(
             f"{[path_name(path) for path, _ in leaves]}: pass where=lambda path, leaf: ... that "
             "is True for at least one."
         )
+    if len(shapes) != len(names) - names.count(None):
+        raise ValueError(f"two leaves have the same name among {names}: rename one.")
     counts = distributions.active_counts(shapes, sparsity, distribution)
     return [None if name is None else counts[name] for name in names]
 
@@ -67,7 +77,7 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array
     """Bool array of `shape` with exactly `count` entries set, uniformly at random."""
     if count >= math.prod(shape):
         return jnp.ones(shape, bool)
-    return largest_bits(jax.random.bits(key, shape), jnp.uint32(count))
+    return largest_bits(jax.random.bits(key, shape, jnp.uint32), jnp.uint32(count))
 
 
 def init_masks(
@@ -101,7 +111,8 @@ def init_masks(
       >>> int(masks["kernel"].sum()), masks["bias"]
       (10, MaskedNode())
     """
-    counts = active_counts(params, sparsity, distribution, where)
+    check_key(key)
+    counts = leaf_counts(params, sparsity, distribution, where)
     leaves, treedef = jax.tree.flatten(params)
     masks = [
         optax.MaskedNode() if n is None else random_mask(jax.random.fold_in(key, i), leaf.shape, n)
@@ -112,7 +123,7 @@ def init_masks(
 
 def check_masks(masks: PyTree, params: PyTree) -> None:
     """Raise a ValueError that names the leaf unless masks fit params."""
-    paths = jax.tree_util.tree_leaves_with_path(params)
+    paths = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
     for (path, leaf), mask in zip(paths, mask_leaves(masks, params), strict=True):
         if is_dense(mask):
             continue
@@ -128,15 +139,29 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
             )
 
 
-def concrete_counts(masks: PyTree, params: PyTree) -> list[int | None]:
-    """Active count of each leaf of given masks; these must be concrete, not traced."""
-    flat = mask_leaves(masks, params)
-    if any(isinstance(mask, jax.core.Tracer) for mask in flat):
+def concrete(masks: PyTree) -> PyTree:
+    """A copy of given masks in NumPy: later changes to the caller's arrays do not reach it.
+
+    Raises:
+      ValueError: a mask is traced, or all leaves are dense.
+    """
+    leaves = jax.tree.leaves(masks)
+    if not leaves:
+        raise ValueError("masks= has no mask in it: give a bool array for at least one leaf.")
+    if any(isinstance(mask, jax.core.Tracer) for mask in leaves):
         raise ValueError(
             "masks= is traced: the counts of active weights must be known when the step is "
             "compiled. Make the masks outside jit and vmap."
         )
-    return [None if is_dense(mask) else int(np.asarray(mask).sum()) for mask in flat]
+    return jax.tree.map(np.array, masks)
+
+
+def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
+    """The masks of an optimizer state (one tree a `SparseState`), or `masks` itself; checked."""
+    trees = [state.masks for state in find_states(masks)] or [masks]
+    for tree in trees:
+        check_masks(tree, params)
+    return trees
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -156,9 +181,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
       >>> apply_masks({"w": jnp.array([1., 2.]), "b": jnp.array([3.])}, mask)["w"].tolist()
       [1.0, 0.0]
     """
-    states: list[SparseState] = find_states(masks)
-    for tree in [state.masks for state in states] if states else [masks]:
-        check_masks(tree, params)
+    for tree in fitting_masks(masks, params):
         leaves, treedef = jax.tree.flatten(params)
         masked = [
             leaf if is_dense(mask) else jnp.where(mask, leaf, jnp.zeros_like(leaf))

@@ -22,8 +22,7 @@ def dst_ee(inner: Inner = None, *, c: float = 1e-3, eps: float = 1.0, **options:
     References:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
     """
-    defaults: Options = {"grow": scores.acquisition(c, eps)}
-    return transform(inner, **defaults | options)
+    return transform(inner, grow=scores.acquisition(c, eps), **options)
 
 
 def rigl(inner: Inner = None, **options: Any) -> Transform:

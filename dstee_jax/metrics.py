@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.state import PyTree, SparseState, get_state, is_dense, path_name
+from dstee_jax.state import PyTree, SparseState, get_state, is_dense, leaves_with_path, path_name
 
 
 def _state(opt_state: PyTree) -> SparseState:
@@ -15,7 +15,7 @@ def _state(opt_state: PyTree) -> SparseState:
 
 def _share(trees: list[jax.Array]) -> jax.Array:
     hits = sum(jnp.sum(x, dtype=jnp.float32) for x in trees)
-    return jnp.asarray(hits / sum(x.size for x in trees), jnp.float32)
+    return jnp.asarray(hits / max(sum(x.size for x in trees), 1), jnp.float32)
 
 
 def density(opt_state: PyTree) -> jax.Array:
@@ -75,8 +75,8 @@ def summary(opt_state: PyTree) -> str:
       Text of several lines, to print.
     """
     state = _state(opt_state)
-    masks = jax.tree_util.tree_leaves_with_path(state.masks, is_leaf=is_dense)
-    counters = jax.tree.leaves(state.counters, is_leaf=is_dense)
+    masks = leaves_with_path(state.masks)
+    counters = [counter for _, counter in leaves_with_path(state.counters)]
     rows: list[tuple[Any, ...]] = []
     total = [0, 0, 0]
     for (path, mask), counter in zip(masks, counters, strict=True):
@@ -93,10 +93,10 @@ def summary(opt_state: PyTree) -> str:
     for name, shape, weights, active, explored in rows:
         lines.append(
             f"{name:<{width}}  {shape:>{across}} {weights:>12,} {_part(active, weights)} "
-            f"{_part(explored, weights)} {active / total[1]:>7.1%}"
+            f"{_part(explored, weights)} {active / max(total[1], 1):>7.1%}"
         )
     return "\n".join(lines)
 
 
 def _part(count: int, whole: int) -> str:
-    return f"{count:>11,} ({count / whole:>6.1%})"
+    return f"{count:>11,} ({count / max(whole, 1):>6.1%})"

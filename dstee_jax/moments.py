@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from dstee_jax.state import PyTree, path_name
+from dstee_jax.state import PyTree, is_dense, leaves_with_path, parts
 
 
 def owners(state: PyTree, params: PyTree) -> list[int | None]:
@@ -21,24 +22,27 @@ def owners(state: PyTree, params: PyTree) -> list[int | None]:
       state: an optax state (arrays or shapes).
       params: the parameters it was made for.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    index = {_parts(path): i for i, (path, _) in enumerate(leaves)}
-    shapes = [leaf.shape for _, leaf in leaves]
+    leaves = _arrays(params)
+    index = {parts(path): i for i, (path, _) in enumerate(leaves)}
 
     def owner(path: Any, leaf: Any) -> int | None:
-        parts = _parts(path)
-        for start in range(len(parts) + 1):
-            i = index.get(parts[start:])
-            if i is not None and shapes[i] == leaf.shape:
+        for start in range(len(path) + 1):
+            i = index.get(parts(path)[start:])
+            if i is not None and _alike(leaves[i][1], leaf):
                 return i
         return None
 
-    return [owner(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    return [owner(path, leaf) for path, leaf in _arrays(state)]
 
 
-def _parts(path: Any) -> tuple[str, ...]:
-    name = path_name(path)
-    return tuple(name.split("/")) if name else ()
+def _arrays(tree: PyTree) -> list[tuple[Any, Any]]:
+    return [(path, leaf) for path, leaf in leaves_with_path(tree) if not is_dense(leaf)]
+
+
+def _alike(param: Any, leaf: Any) -> bool:
+    """Equal shapes, and both numbers with a fraction or neither (a step count is no moment)."""
+    inexact = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (param, leaf)]
+    return jnp.shape(param) == jnp.shape(leaf) and inexact[0] == inexact[1]
 
 
 def merge(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.masks import fitting_masks
 from dstee_jax.state import PyTree, is_dense, mask_leaves
 
 
@@ -16,7 +17,7 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
 
     Args:
       params: pytree of arrays, freshly initialised.
-      masks: masks with the structure of `params`; bool arrays and `optax.MaskedNode()`.
+      masks: masks with the structure of `params`, or an optimizer state that holds them.
       per_unit: use the active fan-in of each output unit (the last axis) instead of the mean
         of the leaf; a unit without any active weight is left as it is.
 
@@ -27,7 +28,6 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
       Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", 2022,
       Eq. 2.
     """
-    leaves, treedef = jax.tree.flatten(params)
 
     def scaled(leaf: jax.Array, mask: jax.Array) -> jax.Array:
         axes = tuple(range(mask.ndim - 1)) if per_unit else None
@@ -35,7 +35,9 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
         factor = jnp.sqrt(1.0 / jnp.where(share > 0, share, 1.0))
         return jnp.where(mask, leaf * factor.astype(leaf.dtype), jnp.zeros_like(leaf))
 
-    flat = zip(leaves, mask_leaves(masks, params), strict=True)
-    return jax.tree.unflatten(
-        treedef, [leaf if is_dense(mask) else scaled(leaf, mask) for leaf, mask in flat]
-    )
+    for tree in fitting_masks(masks, params):
+        leaves, treedef = jax.tree.flatten(params)
+        flat = zip(leaves, mask_leaves(tree, params), strict=True)
+        new = [leaf if is_dense(mask) else scaled(leaf, mask) for leaf, mask in flat]
+        params = jax.tree.unflatten(treedef, new)
+    return params

@@ -71,6 +71,7 @@ def make_rounds(
         return NO_ROUNDS
     if every < 1 or every != int(every):
         raise ValueError(f"every={every} must be an integer of 1 or more (None for no rounds).")
+    every = int(every)
     first, last = (
         math.ceil(round(start * total_steps, 6)),
         math.floor(round(stop * total_steps, 6)),
@@ -93,5 +94,10 @@ def make_rounds(
         raise ValueError(
             f"the drop_fraction schedule goes from {lowest} to {highest} over the mask steps: "
             "it must stay in [0, 1]."
+        )
+    if not callable(drop_fraction) and drop_fraction > 0 and highest <= 0:
+        raise ValueError(
+            f"the only mask step of every={every}, start={start} and stop={stop} is the last "
+            f"step {last}, where the cosine has reached zero: lower every or raise stop."
         )
     return Rounds(every=every, first=first, last=last, fraction=schedule, highest=highest)

@@ -42,7 +42,7 @@ def random() -> Score:
       Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
       connectivity inspired by network science", 2018.
     """
-    return lambda leaf: jax.random.uniform(leaf.key, leaf.param.shape)
+    return lambda leaf: jax.random.uniform(leaf.key, leaf.param.shape, jnp.float32)
 
 
 def acquisition(

@@ -84,7 +84,8 @@ def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ..
 
     top = jnp.int32(bits + bits % 2 - 2)
     start = (jnp.array(0, dtype), top, jnp.uint32(key.size), jnp.uint32(0))
-    threshold, _, reached, above = lax.while_loop(unfinished, two_bits, start)
+    # The first pass outside the loop: under shard_map it gives the carry the key's own type.
+    threshold, _, reached, above = lax.while_loop(unfinished, two_bits, two_bits(start))
     return threshold, reached, above
 
 
@@ -150,10 +151,6 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
     return largest_bits(_ordered_bits(score), k)
 
 
-def _is_finite(score: jax.Array) -> jax.Array:
-    return jnp.isfinite(score) if jnp.issubdtype(score.dtype, jnp.inexact) else score == score
-
-
 @functools.partial(jax.jit, static_argnames=("k_max", "regrow", "selection"))
 def drop_and_grow(
     mask: jax.Array,
@@ -178,8 +175,9 @@ def drop_and_grow(
 
     Args:
       mask: bool array of any shape, True where a weight is active.
-      drop_score: real array of `mask.shape`; low goes first.
-      grow_score: real array of `mask.shape`; high goes first.
+      drop_score: real array of `mask.shape`; low goes first. Compared in float32 (float64 if
+        either score is).
+      grow_score: real array of `mask.shape`; high goes first. As `drop_score`.
       k: how many to drop, integer scalar, may be traced.
       k_max: static upper bound on k and k_grow.
       k_grow: how many to grow; default as many as were dropped.
@@ -217,9 +215,11 @@ def drop_and_grow(
     k_max = min(k_max, mask.size)
     if k_max == 0:
         return mask
-    drop_score, grow_score = jnp.asarray(drop_score), jnp.asarray(grow_score)
+    double = any(jnp.result_type(x) == jnp.float64 for x in (drop_score, grow_score))
+    wide = jnp.float64 if double else jnp.float32
+    drop_score, grow_score = (jnp.asarray(x).astype(wide) for x in (drop_score, grow_score))
 
-    active, free = _count(mask, ~mask & _is_finite(grow_score))
+    active, free = _count(mask, ~mask & jnp.isfinite(grow_score))
 
     def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
         return jnp.clip(jnp.asarray(k), 0, k_max).astype(jnp.uint32).clip(max=bound)
@@ -230,19 +230,17 @@ def drop_and_grow(
     else:
         k_grow = k = k if regrow else k.clip(max=free)
 
-    double = any(jnp.result_type(x) == jnp.float64 for x in (drop_score, grow_score))
-    wide = jnp.float64 if double else jnp.float32
     largest_float = jnp.finfo(wide).max
 
     def exchange(phase: jax.Array, now: jax.Array) -> jax.Array:
         """Phase 0 turns the worst active entries off, phase 1 the best inactive ones on."""
         dropping = phase == 0
-        raw = jnp.where(dropping, drop_score.astype(wide), grow_score.astype(wide))
+        raw = jnp.where(dropping, drop_score, grow_score)
         raw = jnp.where(dropping, -raw, raw)
         # NaN is dropped last and never grown. A dropped entry without a finite grow score comes
         # back only if nothing else is left, which is the same as not having dropped it.
         score = jnp.where(jnp.isfinite(raw), raw, -largest_float)
-        score = jnp.where(raw == jnp.inf, largest_float, score)
+        score = jnp.where(dropping & (raw == jnp.inf), largest_float, score)
         eligible = jnp.where(dropping, mask, ~mask & jnp.isfinite(raw))
         if regrow:
             eligible |= mask & ~now

@@ -55,28 +55,56 @@ def is_dense(node: Any) -> bool:
 
 
 def path_name(path: Any) -> str:
-    """The name of a leaf: its path with slashes, as 'Dense_0/kernel'; NNX's '/value' left out."""
-    if path and getattr(path[-1], "name", None) == "value":
-        path = path[:-1]
+    """The name of a leaf: its path with slashes, as 'Dense_0/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_with_path(tree: PyTree) -> list[tuple[Any, Any]]:
+    """Paths and leaves, as JAX gives them, without the '/value' of Flax NNX's Variables.
+
+    NNX wraps the same leaf in a Param, an OptVariable or not at all.
+    """
+
+    def is_leaf(node: Any) -> bool:
+        return _is_variable(node) or is_dense(node)
+
+    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return [(path, x.get_value() if _is_variable(x) else x) for path, x in pairs]
+
+
+def parts(path: Any) -> tuple[str, ...]:
+    """A key path as strings, for comparing paths through trees of different types."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def mask_leaves(masks: PyTree, params: PyTree) -> list[Any]:
     """Flatten `masks` in the order of the leaves of `params` (`MaskedNode` where dense).
 
-    Compares names, not tree types: NNX wraps the same leaf in a Param, an OptVariable or not at
-    all. A MaskedNode in `params` is what `optax.masked` leaves there: not a leaf.
+    Compares paths, not tree types. A MaskedNode in `params` is what `optax.masked` leaves there:
+    not a leaf. One in `masks` stands for all that `params` has below it.
     """
-    flatten = jax.tree_util.tree_leaves_with_path
-    nodes, flat = flatten(params, is_leaf=is_dense), flatten(masks, is_leaf=is_dense)
-    names, mask_names = ([path_name(path) for path, _ in tree] for tree in (nodes, flat))
-    if names != mask_names:
-        differ = sorted(set(names) ^ set(mask_names)) or "their order"
-        raise ValueError(
-            f"masks and params have different structures; they differ in {differ}. Give a bool "
-            "array for each sparse leaf and optax.MaskedNode() for each dense one."
-        )
-    return [mask for (_, mask), (_, node) in zip(flat, nodes, strict=True) if not is_dense(node)]
+    given = {parts(path): mask for path, mask in leaves_with_path(masks)}
+    flat, unused = [], {path for path, mask in given.items() if not is_dense(mask)}
+    for path, node in leaves_with_path(params):
+        if is_dense(node):
+            continue
+        full = parts(path)
+        above = [full[:n] for n in range(len(full), -1, -1)]
+        found = next((p for p in above if p in given and (p == full or is_dense(given[p]))), None)
+        if found is None:
+            raise ValueError(f"masks have nothing for {path_name(path)} of params. {_HOW}")
+        flat.append(given[found])
+        unused.discard(found)
+    if unused:
+        names = sorted("/".join(path) for path in unused)
+        raise ValueError(f"masks have {names}, which params do not have. {_HOW}")
+    return flat
+
+
+_HOW = (
+    "Masks and params must have the same structure, with a bool array for each sparse leaf and "
+    "optax.MaskedNode() for each dense one."
+)
 
 
 def replace_leaves(masks: PyTree, params: PyTree, new: list[Any]) -> PyTree:
@@ -136,9 +164,7 @@ def get_state(opt_state: PyTree) -> SparseState:
             f"opt_state holds {len(states)} SparseStates, expected exactly 1: pass the state "
             "that the init of an optimizer with one dstee.transform() in it returned."
         )
-    (state,) = states
-    inner = state.inner_state
-    return _unwrap(state._replace(inner_state=()))._replace(inner_state=_unwrap(inner))
+    return _unwrap(states[0])
 
 
 def seed_axes(opt_state: PyTree) -> PyTree:
@@ -164,14 +190,30 @@ def seed_axes(opt_state: PyTree) -> PyTree:
       >>> states.count.shape, states.masks["kernel"].shape
       ((), (3, 4, 4))
     """
-    is_state = lambda node: isinstance(node, SparseState)  # noqa: E731
+    counters = {SparseState: ("count",), optax.MultiStepsState: ("mini_step", "gradient_step")}
 
     def axes(node: Any) -> Any:
-        if not is_state(node):
+        names = counters.get(type(node))
+        if names is None:
             return 0
-        return jax.tree.map(lambda _: 0, node)._replace(count=None)
+        fields = {
+            name: None if name in names else jax.tree.map(axes, value, is_leaf=holds_counter)
+            for name, value in node._asdict().items()
+        }
+        return type(node)(**fields)
 
-    return jax.tree.map(axes, opt_state, is_leaf=is_state)
+    def holds_counter(node: Any) -> bool:
+        return type(node) in counters
+
+    return jax.tree.map(axes, opt_state, is_leaf=holds_counter)
+
+
+def check_key(key: Any) -> None:
+    """Raise a ValueError unless key is one PRNG key, typed or legacy."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    if not typed and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
+        raise ValueError(f"key={key!r} is not one PRNG key: pass jax.random.key(0).")
 
 
 def copy_key(key: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from dstee_jax.state import (
     LeafWithoutGrad,
     PyTree,
     SparseState,
+    check_key,
     copy_key,
     is_dense,
     mask_leaves,
@@ -55,22 +56,28 @@ def transform(
     Every `every` steps, from each sparse leaf, the k active weights of lowest `drop` score are
     deactivated and the k inactive weights of highest `grow` score activated, at zero. On all
     steps the update of an inactive weight w is -w, so that after `optax.apply_updates` it is
-    exactly zero. This holds only if nothing rescales the updates afterwards: `transform` wraps
-    the whole optimizer (best) or is the last link of an `optax.chain`.
+    exactly zero (if it was finite). This holds only if nothing rescales the updates afterwards:
+    `transform` wraps the whole optimizer (best) or is the last link of an `optax.chain`.
 
     With `inner`, the gradient that reaches it is masked, and what it keeps of inactive weights
     stays at the initial value. Without it, the updates that come down the chain are masked,
-    and scores that read the gradient need it as the extra argument `grad=`.
+    and scores that read the gradient need it as the extra argument `grad=` (inside
+    `optax.MultiSteps` that is the last micro-batch's: wrap the optimizer there).
+
+    Weights whose score is NaN or infinite never grow. A mask step on which no gradient is finite
+    exchanges nothing and, like any mask step, updates nothing.
 
     Args:
       inner: the optimizer to wrap, None as the last link of a chain.
       sparsity: share of zeros in all selected leaves together, in [0, 1); or a dict from path
-        to sparsity. May be left out with `masks`.
+        to sparsity.
       total_steps: number of calls of `update` in the whole training.
       key: PRNG key for the first masks and for random scores; copied.
       distribution: `erk`, `uniform`, or a function like them.
       where: `(path, leaf) -> bool`, which leaves are sparse; default `kernels`.
-      masks: concrete masks to start from, instead of random ones.
+      masks: concrete masks to start from, instead of `sparsity` (whose `distribution` and
+        `where` they replace): a bool array for each sparse leaf, `optax.MaskedNode()` for each
+        dense one. Copied. Their counts are kept for the whole run.
       drop: score of the weights to drop (lowest first); default `scores.magnitude()`.
       grow: score of the weights to grow (highest first); default `scores.acquisition()`.
       drop_fraction: share of a leaf's active weights dropped in a round. A number in [0, 1] is
@@ -129,9 +136,14 @@ def transform(
         raise ValueError(f"counter_dtype={counter_dtype} must be unsigned, as jnp.uint16.")
     if sparsity is None and masks is None:
         raise ValueError("sparsity=None without masks=: give one of them, as sparsity=0.95.")
-    if not hasattr(key, "dtype"):
-        raise ValueError(f"key={key!r} is not a PRNG key: pass jax.random.key({key!r}).")
+    if sparsity is not None and masks is not None:
+        raise ValueError("sparsity= and masks= both say how many weights are active: give one.")
+    if inner is not None and not hasattr(inner, "update"):
+        raise ValueError(f"inner={inner!r} is not an optimizer: call it, as optax.adam(1e-3).")
+    check_key(key)
+    distributions.check_sparsity(sparsity)
     target: Sparsity = 0.0 if sparsity is None else sparsity
+    masks = None if masks is None else masks_lib.concrete(masks)
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(
@@ -149,8 +161,9 @@ def transform(
 
     def counts_of(params: PyTree) -> list[int | None]:
         if masks is not None:
-            return masks_lib.concrete_counts(masks, params)
-        return masks_lib.active_counts(params, target, distribution, where)
+            given = mask_leaves(masks, params)
+            return [None if is_dense(mask) else int(mask.sum()) for mask in given]
+        return masks_lib.leaf_counts(params, target, distribution, where)
 
     def init(params: PyTree) -> SparseState:
         leaves, treedef = jax.tree.flatten(params)
@@ -184,7 +197,8 @@ def transform(
             raise ValueError(
                 "dstee.transform needs the parameters: call tx.update(grads, opt_state, params)."
             )
-        weights, treedef = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(params)
+        weights = [jnp.asarray(leaf) for leaf in leaves]
         grads = updates if wrapped is not None else extra.get("grad")
         outgoing = _leaves_like(treedef, updates, "grads")
         dense_grads: list[Any] = [None] * len(weights)
@@ -198,18 +212,18 @@ def transform(
         old = [optax.MaskedNode() if f else m for f, m in zip(full, masks_now, strict=True)]
         count = optax.safe_increment(state.count)
 
-        outgoing = [_where(m, u) for m, u in zip(old, outgoing, strict=True)]
+        outgoing = [_masked(m, u) for m, u in zip(old, outgoing, strict=True)]
         inner_state = state.inner_state
         if wrapped is not None:
             active_grads = jax.tree.unflatten(treedef, outgoing)
             step, inner_state = wrapped.update(active_grads, inner_state, params, **extra)
             outgoing = jax.tree.leaves(step)
 
-        def leaf(i: int) -> Leaf:
+        def view(i: int) -> Leaf:
             w = weights[i]
             moved = w + outgoing[i].astype(w.dtype) if update_weights else w
             return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
-                param=_where(masks_now[i], moved),
+                param=_masked(masks_now[i], moved),
                 grad=dense_grads[i],
                 mask=masks_now[i],
                 counter=counters[i],
@@ -219,14 +233,14 @@ def transform(
             )
 
         is_round, new, counters = update_topology(
-            rule, rounds, counts, leaf, masks_now, counters, count
+            rule, rounds, counts, view, masks_now, counters, count
         )
         # Alive: active before and after. What has just grown starts at zero, like the rest.
         alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
         frozen = False if update_weights else is_round
-        emitted = [_emit(*leaf, frozen) for leaf in zip(alive, outgoing, weights, strict=True)]
+        emitted = [_emit(*row, frozen) for row in zip(alive, outgoing, weights, strict=True)]
         if wrapped is not None:
-            start_params = jax.tree.unflatten(treedef, map(_where, alive, weights))
+            start_params = jax.tree.unflatten(treedef, map(_masked, alive, weights))
             inner_state = merge(
                 inner_state,
                 state.inner_state,
@@ -246,7 +260,7 @@ def transform(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _where(mask: Any, x: jax.Array) -> jax.Array:
+def _masked(mask: Any, x: jax.Array) -> jax.Array:
     """Zero where the mask is False; x itself for a dense leaf."""
     return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
 

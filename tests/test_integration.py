@@ -188,6 +188,59 @@ def test_multi_transform():
     assert jnp.any(params["bias"] != 1)
 
 
+def test_labels_above_the_leaves():
+    params = {"a": PARAMS, "b": PARAMS}
+    for tx in (
+        optax.multi_transform({"s": make(), "p": optax.sgd(0.1)}, {"a": "s", "b": "p"}),
+        optax.masked(make(), {"a": True, "b": False}),
+    ):
+        sparse = dstee.apply_masks(params, tx.init(params))
+        assert jnp.sum(sparse["a"]["kernel"] != 0) == 77
+        assert jnp.all(sparse["b"]["kernel"] == PARAMS["kernel"])
+
+
+def test_where_sees_the_same_paths_in_nnx():
+    model, seen = nnx.Linear(16, 24, rngs=nnx.Rngs(0)), set()
+
+    def where(path, leaf):
+        seen.add(jax.tree_util.keystr(path))
+        return path[-1].key == "kernel"
+
+    optimizer = nnx.Optimizer(model, make(where=where), wrt=nnx.Param)
+    optimizer.update(model, nnx.grad(lambda m: jnp.mean(m(X) ** 2))(model))
+    assert seen == {"['kernel']", "['bias']"}
+
+
+def test_seeds_inside_multisteps():
+    def init(key):
+        return optax.MultiSteps(make(key=key), 2).init(PARAMS)
+
+    keys = jax.random.split(KEY, 3)
+    axes = dstee.seed_axes(jax.eval_shape(init, keys[0]))
+    states = jax.vmap(init, out_axes=axes)(keys)
+    assert states.mini_step.shape == ()
+    assert dstee.get_state(states).count.shape == ()
+    assert dstee.get_state(states).masks["kernel"].shape == (3, 16, 24)
+
+
+@pytest.mark.parametrize("selection", ["top_k", "bisection"])
+def test_shard_map_with_a_seed_on_each_device(selection):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    keys = jax.random.split(KEY, 8)
+    masks = jax.vmap(lambda k: jax.random.bernoulli(k, 0.3, (16, 24)))(keys)
+    scores_ = jax.vmap(lambda k: jax.random.normal(k, (16, 24)))(keys)
+
+    def one(mask, score):
+        new = dstee.drop_and_grow(
+            mask[0], jnp.abs(score[0]), score[0], 9, k_max=20, selection=selection
+        )
+        return new[None]
+
+    spread = jax.jit(jax.shard_map(one, mesh=mesh, in_specs=P("x"), out_specs=P("x")))
+    for i, new in enumerate(spread(masks, scores_)):
+        np.testing.assert_array_equal(new, one(masks[i : i + 1], scores_[i : i + 1])[0])
+
+
 @pytest.mark.parametrize("selection", ["top_k", "bisection"])
 @pytest.mark.parametrize("grow", [scores.acquisition(normalize=True), scores.random()])
 def test_strict_dtype_promotion(selection, grow):

@@ -73,6 +73,9 @@ def test_non_finite_scores_never_grow_and_counts_hold(selection, regrow):
     assert new.sum() == 4
     assert not new[jnp.array([4, 6, 7])].any()
     assert new[5]
+    infinite = grow.at[0].set(jnp.inf)  # what was just dropped is no exception
+    new = drop_and_grow(mask, drop, infinite, 4, k_max=4, regrow=regrow, selection=selection)
+    assert new[5]
     one = drop_and_grow(mask, drop, grow, 1, k_max=4, regrow=regrow, selection=selection)
     assert one.tolist() == [True, True, True, False, False, True, False, False]
 

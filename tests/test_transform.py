@@ -333,9 +333,42 @@ def test_given_masks():
     assert state.masks["kernel"].sum() == 4
 
 
+def test_given_masks_are_copied():
+    params = {"kernel": jnp.ones((4, 4))}
+    mine = np.eye(4, dtype=bool)
+    tx = dstee.transform(optax.sgd(0.1), masks={"kernel": mine}, total_steps=20, key=KEY, every=2)
+    mine[:] = True
+    _, state = run(tx, params, 4)
+    assert state.masks["kernel"].sum() == 4
+    with pytest.raises(ValueError, match="masks= is traced"):
+        jax.jit(
+            lambda m: dstee.transform(masks={"kernel": m}, total_steps=20, key=KEY).init(params)
+        )(mine)
+
+
+def test_a_parameter_named_as_a_step_count():
+    params = {"count": jnp.array(1.0), "kernel": jnp.ones((4, 4))}
+    tx = dstee.transform(optax.adam(0.1), sparsity=0.5, total_steps=20, key=KEY, every=2)
+    _, state = run(tx, params, 4)
+    assert int(state.inner_state[0].count) == 4
+
+
+def test_scores_in_double_precision_and_empty_leaves():
+    params = {"kernel": jnp.ones((6, 6)), "empty": jnp.ones((0, 4))}
+    tx = methods.rigl(optax.sgd(0.1), sparsity=0.5, total_steps=20, key=KEY, every=2)
+    _, state = run(tx, params, 4)
+    assert int(state.masks["kernel"].sum()) == 18
+    assert "empty" in dstee.summary(state)
+    with jax.enable_x64(True):
+        score = jnp.array([1.0, 1.0 + 1e-12, 0.0, 0.0])
+        mask = jnp.array([False, False, True, True])
+        new = dstee.drop_and_grow(mask, score, score, 1, k_max=1)
+        assert new.tolist() == [False, True, False, True]
+
+
 def test_bad_arguments():
     make = functools.partial(
-        dstee.transform, optax.sgd(0.1), sparsity=0.5, total_steps=1000, key=KEY
+        dstee.transform, inner=optax.sgd(0.1), sparsity=0.5, total_steps=1000, key=KEY
     )
     for options, message in [
         ({"total_steps": 0}, "total_steps=0"),
@@ -348,6 +381,14 @@ def test_bad_arguments():
         ({"drop_fraction": lambda count: 0.01 * count}, "schedule goes from 1.0"),
         ({"key": 0}, r"jax.random.key\(0\)"),
         ({"sparsity": None}, "sparsity=None"),
+        ({"sparsity": 95}, "sparsity is 95"),
+        ({"sparsity": {"kernel": 1.0}}, "sparsity of kernel is 1.0"),
+        ({"masks": {"kernel": jnp.ones(3, bool)}}, "give one"),
+        ({"sparsity": None, "masks": optax.MaskedNode()}, "no mask in it"),
+        ({"key": jnp.array(0)}, "not one PRNG key"),
+        ({"inner": optax.adam}, "call it"),
+        ({"every": 750}, "cosine has reached zero"),
+        ({"every": 2.5}, "every=2.5"),
         ({"counter_init": "ones"}, "counter_init='ones'"),
         ({"counter_update": "both"}, "counter_update='both'"),
         ({"counter_dtype": jnp.int8}, "counter_dtype"),
@@ -380,5 +421,13 @@ def test_bad_trees():
             dstee.transform(optax.sgd(0.1), masks={"kernel": mask}, total_steps=1000, key=KEY).init(
                 {"kernel": jnp.ones((4, 4))}
             )
-    with pytest.raises(ValueError, match="different structures"):
+    with pytest.raises(ValueError, match="masks have nothing for a/bias"):
         dstee.apply_masks(params, {"c": jnp.ones(3, bool)})
+    with pytest.raises(ValueError, match="which params do not have"):
+        dstee.apply_masks({"a": jnp.ones(3)}, {"a": jnp.ones(3, bool), "c": jnp.ones(3, bool)})
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        dstee.rescale({"kernel": jnp.ones((4, 4))}, {"kernel": jnp.ones(4, bool)})
+    with pytest.raises(ValueError, match="same name"):
+        dstee.init_masks({"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((9, 9))}}, 0.5, KEY)
+    with pytest.raises(ValueError, match="not one PRNG key"):
+        dstee.init_masks({"a": jnp.ones((4, 4))}, 0.5, 0)
