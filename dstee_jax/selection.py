@@ -8,6 +8,7 @@ Two ways, one result (ties go to the lowest row-major index in both):
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -54,8 +55,8 @@ def _count(*predicates: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(lax.reduce(ones, zeros, add, tuple(range(ones[0].ndim))))
 
 
-def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ...]:
-    """Find a threshold that at least k entries of an unsigned array reach, and no smaller set.
+def _kth_largest(keys: Sequence[jax.Array], k: jax.Array, bits: int) -> tuple[jax.Array, ...]:
+    """Find a threshold that at least k entries of unsigned arrays reach, and no smaller set.
 
     Fixes two bits a pass, from the top, and stops early once exactly k entries are reached.
 
@@ -64,7 +65,7 @@ def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ..
       `reached == k`) how many above the threshold. `reached == k`, or `reached > k` and
       `threshold` is the k-th largest value, whose ties are still to be broken.
     """
-    dtype = key.dtype
+    dtype = keys[0].dtype
 
     def unfinished(carry):
         _, shift, reached, _ = carry
@@ -74,7 +75,8 @@ def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ..
         threshold, shift, reached, above = carry
         step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
         tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-        counts = _count(*(key >= t for t in tries))
+        by_array = [_count(*(key >= t for t in tries)) for key in keys]
+        counts = [functools.reduce(jnp.add, c) for c in zip(*by_array, strict=True)]
         for candidate, count in zip(tries, counts, strict=True):
             threshold = jnp.where(count >= k, candidate, threshold)
             reached = jnp.where(count >= k, count, reached)
@@ -83,36 +85,63 @@ def _kth_largest(key: jax.Array, k: jax.Array, bits: int) -> tuple[jax.Array, ..
         return threshold, shift - 2, reached, above
 
     top = jnp.int32(bits + bits % 2 - 2)
-    start = (jnp.array(0, dtype), top, jnp.uint32(key.size), jnp.uint32(0))
+    total = jnp.uint32(sum(key.size for key in keys))
+    start = (jnp.array(0, dtype), top, total, jnp.uint32(0))
     # The first pass outside the loop: under shard_map it gives the carry the key's own type.
     threshold, _, reached, above = lax.while_loop(unfinished, two_bits, two_bits(start))
     return threshold, reached, above
 
 
-def largest_bits(key: jax.Array, k: jax.Array) -> jax.Array:
-    """Mask of the k largest entries of an unsigned array of any shape, by bisection.
+def largest_bits(keys: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
+    """Masks of the k largest entries of several unsigned arrays together, by bisection.
 
     Args:
-      key: uint32 (or uint64) array of any shape, at most 2**32 - 1 entries.
-      k: how many, an integer scalar in [0, key.size]; may be traced.
+      keys: uint32 (or uint64) arrays of any shapes, at most 2**32 - 1 entries in all.
+      k: how many, an integer scalar from 0 to the number of entries; may be traced.
 
     Returns:
-      A bool array of `key.shape` with exactly k entries set; ties go to the lowest
-      row-major index.
+      A bool array for each, with exactly k entries set in all; ties go to the first array and
+      the lowest row-major index in it.
     """
-    if key.size == 0:
-        return jnp.zeros(key.shape, bool)
+    keys = list(keys)
+    total = sum(key.size for key in keys)
+    if total == 0:
+        return [jnp.zeros(key.shape, bool) for key in keys]
     k = jnp.asarray(k).astype(jnp.uint32)
-    threshold, reached, above = _kth_largest(key, k, 8 * key.dtype.itemsize)
+    threshold, reached, above = _kth_largest(keys, k, 8 * keys[0].dtype.itemsize)
 
-    def break_ties() -> jax.Array:
+    def break_ties() -> list[jax.Array]:
         # The lowest index wins: bisect the reversed index, 0 for entries not tied.
-        reverse = jnp.uint32(key.size) - _linear_index(key.shape)
-        rank = jnp.where(key == threshold, reverse, jnp.uint32(0))
-        last, _, _ = _kth_largest(rank, k - above, key.size.bit_length())
-        return (key > threshold) | (rank >= last)
+        ranks, offset = [], 0
+        for key in keys:
+            reverse = jnp.uint32(total - offset) - _linear_index(key.shape)
+            ranks.append(jnp.where(key == threshold, reverse, jnp.uint32(0)))
+            offset += key.size
+        last, _, _ = _kth_largest(ranks, k - above, total.bit_length())
+        return [(key > threshold) | (rank >= last) for key, rank in zip(keys, ranks, strict=True)]
 
-    return lax.cond(reached == k, lambda: key >= threshold, break_ties)
+    return lax.cond(reached == k, lambda: [key >= threshold for key in keys], break_ties)
+
+
+def largest_of_all(scores: Sequence[jax.Array], k: jax.Array | int) -> list[jax.Array]:
+    """Masks of the k largest entries of several float arrays together (one global threshold).
+
+    Args:
+      scores: float arrays of any shapes; no NaN. Compared in float32 (float64 if any is).
+      k: integer scalar from 0 to the number of all entries; may be traced.
+
+    Returns:
+      A bool array for each, with exactly k entries set in all; ties go to the first array and
+      the lowest row-major index in it. On sharded arrays only counts travel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [m.tolist() for m in largest_of_all([jnp.array([1., 5.]), jnp.array([3., 4., 0.])], 3)]
+      [[False, True], [True, True, False]]
+    """
+    wide = jnp.float64 if any(s.dtype == jnp.float64 for s in scores) else jnp.float32
+    # Adding zero turns -0.0 into 0.0, which is what it is equal to.
+    return largest_bits([_ordered_bits(s.astype(wide) + 0) for s in scores], jnp.asarray(k))
 
 
 def _largest_top_k(score: jax.Array, k: jax.Array, k_max: int) -> jax.Array:
@@ -148,7 +177,7 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
         selection = "top_k" if small and not _is_sharded(score) else "bisection"
     if selection == "top_k":
         return _largest_top_k(score, k, k_max)
-    return largest_bits(_ordered_bits(score), k)
+    return largest_bits([_ordered_bits(score)], k)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("k_max", "regrow", "selection"))
