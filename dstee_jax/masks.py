@@ -77,7 +77,7 @@ def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array
     """Bool array of `shape` with exactly `count` entries set, uniformly at random."""
     if count >= math.prod(shape):
         return jnp.ones(shape, bool)
-    return largest_bits(jax.random.bits(key, shape, jnp.uint32), jnp.uint32(count))
+    return largest_bits([jax.random.bits(key, shape, jnp.uint32)], jnp.uint32(count))[0]
 
 
 def init_masks(
@@ -112,7 +112,11 @@ def init_masks(
       (10, MaskedNode())
     """
     check_key(key)
-    counts = leaf_counts(params, sparsity, distribution, where)
+    return masks_of_counts(params, leaf_counts(params, sparsity, distribution, where), key)
+
+
+def masks_of_counts(params: PyTree, counts: list[int | None], key: jax.Array) -> PyTree:
+    """Random masks with the given count in each leaf, `MaskedNode` where it is None."""
     leaves, treedef = jax.tree.flatten(params)
     masks = [
         optax.MaskedNode() if n is None else random_mask(jax.random.fold_in(key, i), leaf.shape, n)
@@ -139,19 +143,23 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
             )
 
 
-def concrete(masks: PyTree) -> PyTree:
+def given_masks(masks: PyTree, *, fixed: bool) -> PyTree:
     """A copy of given masks in NumPy: later changes to the caller's arrays do not reach it.
 
+    Traced masks are returned as they are if `fixed`: masks that never change need no counts.
+
     Raises:
-      ValueError: a mask is traced, or all leaves are dense.
+      ValueError: a mask is traced and not `fixed`, or all leaves are dense.
     """
     leaves = jax.tree.leaves(masks)
     if not leaves:
         raise ValueError("masks= has no mask in it: give a bool array for at least one leaf.")
     if any(isinstance(mask, jax.core.Tracer) for mask in leaves):
+        if fixed:
+            return masks
         raise ValueError(
             "masks= is traced: the counts of active weights must be known when the step is "
-            "compiled. Make the masks outside jit and vmap."
+            "compiled. Make the masks outside jit and vmap, or keep them fixed (every=None)."
         )
     return jax.tree.map(np.array, masks)
 
