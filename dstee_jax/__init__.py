@@ -1,6 +1,6 @@
 """Dynamic sparse training for JAX: networks that stay sparse from the first step to the last."""
 
-from dstee_jax import distributions, methods, scores
+from dstee_jax import at_init, distributions, memory, methods, penalties, plans, scores
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.masks import apply_masks, init_masks, kernels
 from dstee_jax.metrics import density, exploitation_degree, exploration_degree, summary
@@ -15,6 +15,7 @@ __all__ = [
     "Leaf",
     "SparseState",
     "apply_masks",
+    "at_init",
     "density",
     "distributions",
     "drop_and_grow",
@@ -24,7 +25,10 @@ __all__ = [
     "get_state",
     "init_masks",
     "kernels",
+    "memory",
     "methods",
+    "penalties",
+    "plans",
     "rescale",
     "scores",
     "seed_axes",

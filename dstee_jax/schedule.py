@@ -3,24 +3,31 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
 DropFraction = float | Callable[[jax.Array], jax.Array]
 
 
+# Steps between rounds, or a function of a mask step (0 at first) to the steps until the next.
+Every = int | Callable[[int], int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """The mask steps of a run: multiples of `every` in [first, last].
+    """The mask steps of a run.
 
     Attributes:
-      every: steps between rounds; 0 for no rounds.
+      every: steps between rounds, 0 for no rounds; not used where `steps` is given.
       first: no round before this step.
       last: no round after this step.
       fraction: optax schedule of the step, the share of active weights to drop.
       highest: largest fraction over all rounds (static bound for `k_max`).
+      total_steps: of the training.
+      steps: all mask steps, where they are not the multiples of `every`.
     """
 
     every: int
@@ -28,25 +35,59 @@ class Rounds:
     last: int
     fraction: Callable[[jax.Array], jax.Array]
     highest: float
+    total_steps: int
+    steps: tuple[int, ...] | None = None
 
     def is_round(self, count: jax.Array) -> jax.Array:
         """Whether step `count` (int32, from 1) is a mask step; bool, shape ()."""
         if not self.every:
             return jnp.zeros((), bool)
+        if self.steps is not None:
+            return jnp.any(jnp.array(self.steps, jnp.int32) == count)
         return (count % self.every == 0) & (count >= self.first) & (count <= self.last)
+
+    def number(self, count: jax.Array) -> jax.Array:
+        """Which round the mask step `count` is, from 1; int32, shape ()."""
+        if self.steps is not None:
+            return jnp.sum(jnp.array(self.steps, jnp.int32) <= count, dtype=jnp.int32)
+        return count // self.every - max(math.ceil(self.first / self.every) - 1, 0)
+
+    def is_last(self, count: jax.Array) -> jax.Array:
+        """Whether no round follows the mask step `count`; bool, shape ()."""
+        if self.steps is not None:
+            return count >= self.steps[-1]
+        return count + self.every > self.last
 
     def k(self, active: int, count: jax.Array) -> jax.Array:
         """How many of a leaf's `active` weights to drop at `count`: floor, at least 1 above 0."""
-        fraction = jnp.clip(jnp.asarray(self.fraction(count), jnp.float32), 0.0, 1.0)
-        k = jnp.floor(fraction * active).astype(jnp.int32)
-        return jnp.where(fraction > 0, jnp.maximum(k, 1), 0)
+        return portion(self.fraction(count), active)
 
     def k_max(self, active: int) -> int:
         """Static upper bound of `k`."""
         return 0 if self.highest <= 0 else min(active, math.floor(self.highest * active) + 1)
 
 
-NO_ROUNDS = Rounds(every=0, first=0, last=0, fraction=lambda count: jnp.float32(0), highest=0.0)
+def portion(fraction: jax.Array, active: jax.Array | int) -> jax.Array:
+    """floor(fraction * active), at least 1 while the fraction is above 0; int32, shape ()."""
+    fraction = jnp.clip(jnp.asarray(fraction, jnp.float32), 0.0, 1.0)
+    k = jnp.floor(fraction * jnp.asarray(active, jnp.float32)).astype(jnp.int32)
+    return jnp.where(fraction > 0, jnp.maximum(k, 1), 0)
+
+
+def _mask_steps(every: Every, first: int, last: int) -> Sequence[int]:
+    """All mask steps in [first, last], in order."""
+    if not callable(every):
+        return range(max(every, math.ceil(first / every) * every), last + 1, every)
+    steps, step = [], 0
+    while (step := step + _whole(every(step))) <= last:
+        steps.append(step)
+    return [step for step in steps if step >= first]
+
+
+def _whole(every: int) -> int:
+    if every < 1 or every != int(every):
+        raise ValueError(f"every={every} must be an integer of 1 or more (None for no rounds).")
+    return int(every)
 
 
 def _cosine(highest: float, last: int, count: jax.Array) -> jax.Array:
@@ -56,7 +97,7 @@ def _cosine(highest: float, last: int, count: jax.Array) -> jax.Array:
 
 
 def make_rounds(
-    total_steps: int, drop_fraction: DropFraction, every: int | None, start: float, stop: float
+    total_steps: int, drop_fraction: DropFraction, every: Every | None, start: float, stop: float
 ) -> Rounds:
     """Check the arguments of `transform` that say when and how much, and make a `Rounds`."""
     if total_steps < 1:
@@ -68,18 +109,18 @@ def make_rounds(
     if not callable(drop_fraction) and not 0 <= drop_fraction <= 1:
         raise ValueError(f"drop_fraction={drop_fraction} must be in [0, 1], as 0.3.")
     if every is None:
-        return NO_ROUNDS
-    if every < 1 or every != int(every):
-        raise ValueError(f"every={every} must be an integer of 1 or more (None for no rounds).")
-    every = int(every)
+        no_fraction = optax.constant_schedule(0.0)
+        return Rounds(0, 0, 0, no_fraction, highest=0.0, total_steps=total_steps)
+    every = every if callable(every) else _whole(every)
     first, last = (
         math.ceil(round(start * total_steps, 6)),
         math.floor(round(stop * total_steps, 6)),
     )
-    steps = range(max(every, math.ceil(first / every) * every), last + 1, every)
+    steps = _mask_steps(every, first, last)
     if not steps:
         raise ValueError(
-            f"no mask step: no multiple of every={every} lies within start={start} and "
+            f"no mask step: no {'step' if callable(every) else 'multiple'} of every={every} lies "
+            f"within start={start} and "
             f"stop={stop} of total_steps={total_steps}, which is [{first}, {last}]. Lower every, "
             "widen start and stop, or pass every=None for masks that stay fixed."
         )
@@ -100,4 +141,12 @@ def make_rounds(
             f"the only mask step of every={every}, start={start} and stop={stop} is the last "
             f"step {last}, where the cosine has reached zero: lower every or raise stop."
         )
-    return Rounds(every=every, first=first, last=last, fraction=schedule, highest=highest)
+    return Rounds(
+        every=1 if callable(every) else every,
+        first=first,
+        last=last,
+        fraction=schedule,
+        highest=highest,
+        total_steps=total_steps,
+        steps=tuple(steps) if callable(every) else None,
+    )

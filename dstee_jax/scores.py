@@ -35,6 +35,34 @@ def gradient() -> Score:
     return lambda leaf: jnp.abs(leaf.grad)
 
 
+def momentum() -> Score:
+    """Absolute dense momentum, from `memory.dense_momentum`: the growth rule of SNFS.
+
+    References:
+      Dettmers and Zettlemoyer, "Sparse Networks from Scratch", 2019, Section 3.
+    """
+    return lambda leaf: jnp.abs(leaf.rule_state)
+
+
+def magnitude_and_gradient(weight: float = 1.0) -> Score:
+    """|w| + weight * |g|: the drop rule of MEST.
+
+    References:
+      Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the
+      Edge", 2021, Section 3.
+    """
+    return lambda leaf: jnp.abs(leaf.param) + weight * jnp.abs(leaf.grad)
+
+
+def along_sign() -> Score:
+    """The weight times its fixed sign, from `memory.signs`: DeepR's theta, which drops below 0.
+
+    References:
+      Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018, Algorithm 1.
+    """
+    return lambda leaf: jnp.where(leaf.rule_state, leaf.param, -leaf.param)
+
+
 def random() -> Score:
     """Uniform in [0, 1): the growth rule of SET. float32, from the leaf's own key.
 

@@ -20,8 +20,15 @@ class SparseState(NamedTuple):
     key: jax.Array  # typed PRNG key, shape (): folded with count, never split
     masks: PyTree  # bool, shape of the parameter: True where a weight is active
     counters: PyTree  # uint16, shape of the parameter: rounds a weight was active, saturating
-    rule_state: PyTree  # (), or what a method keeps of its own
+    rule_state: PyTree  # (), or the RuleState of a method that keeps something of its own
     inner_state: PyTree  # state of the inner optimizer, () without one
+
+
+class RuleState(NamedTuple):
+    """What a method keeps of its own: its memory of each leaf, and its plan's state."""
+
+    memory: PyTree  # the structure of masks, an array for each sparse leaf; () if none is kept
+    plan: PyTree  # () if the plan keeps nothing
 
 
 class Leaf(NamedTuple):
@@ -33,7 +40,8 @@ class Leaf(NamedTuple):
     counter: jax.Array  # uint16, shape of param: rounds in which the weight was active
     key: jax.Array  # typed PRNG key of this leaf, round and score
     count: jax.Array  # type: ignore[assignment]  # int32, shape (): the step t, from 1
-    rule_state: PyTree  # what the method keeps of its own for this leaf
+    rule_state: Any = ()  # the method's memory of this leaf
+    target: int | None = None  # active weights of this leaf at the asked sparsity, if known
 
 
 class LeafWithoutGrad(Leaf):

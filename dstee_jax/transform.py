@@ -7,19 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax import distributions, scores
+from dstee_jax import distributions, plans, scores
 from dstee_jax import masks as masks_lib
 from dstee_jax.distributions import Distribution
 from dstee_jax.masks import Sparsity, Where, kernels
+from dstee_jax.memory import Memory
 from dstee_jax.moments import merge
+from dstee_jax.plans import Plan
 from dstee_jax.rule import Rule, update_topology
-from dstee_jax.schedule import DropFraction, make_rounds
+from dstee_jax.schedule import DropFraction, Every, make_rounds
 from dstee_jax.scores import Score
 from dstee_jax.selection import Selection
 from dstee_jax.state import (
     Leaf,
     LeafWithoutGrad,
     PyTree,
+    RuleState,
     SparseState,
     check_key,
     copy_key,
@@ -41,11 +44,14 @@ def transform(
     drop: Score | None = None,
     grow: Score | None = None,
     drop_fraction: DropFraction = 0.3,
-    every: int | None = 100,
+    every: Every | None = 100,
     start: float = 0.0,
     stop: float = 0.75,
     regrow: bool = False,
     update_weights: bool = False,
+    plan: Plan | None = None,
+    memory: Memory | None = None,
+    penalty: Score | None = None,
     counter_init: str = "masks",
     counter_update: str = "new",
     counter_dtype: Any = jnp.uint16,
@@ -83,13 +89,20 @@ def transform(
       drop_fraction: share of a leaf's active weights dropped in a round. A number in [0, 1] is
         where a cosine that ends at zero at `stop` starts; a callable is an optax schedule of
         the step. k = floor(fraction * active), at least 1 while the fraction is above 0.
-      every: steps between rounds (the paper's ΔT), at least 1; None for no rounds at all.
+      every: steps between rounds (the paper's ΔT), at least 1; None for no rounds at all; a
+        callable takes a mask step (0 at first) and returns the steps until the next.
       start: share of `total_steps` before which there is no round, in [0, 1].
       stop: share of `total_steps` after which there is no round, in [start, 1].
       regrow: whether a weight dropped in a round may be grown in it.
       update_weights: take an optimizer step on mask steps too, before the masks change. By
         default no parameter is updated on a mask step, and the inner optimizer's moments
         stand still while its step counts go on.
+      plan: how many weights each leaf drops and grows; default `plans.exchange()`, which keeps
+        the count of every leaf. With another plan `sparsity` is what the plan aims at.
+      memory: what the method keeps of its own for each weight, as `memory.dense_momentum()`;
+        scores find it in `leaf.rule_state`.
+      penalty: a function of a leaf, as a score is, added to the gradient of active weights
+        before it reaches `inner`: the gradient of a regulariser, or noise. Needs `inner`.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
         `exploration_degree` does not see the first mask).
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
@@ -143,7 +156,10 @@ def transform(
     check_key(key)
     distributions.check_sparsity(sparsity)
     target: Sparsity = 0.0 if sparsity is None else sparsity
-    masks = None if masks is None else masks_lib.concrete(masks)
+    if penalty is not None and inner is None:
+        raise ValueError("penalty= changes the gradient that reaches inner: give an optimizer.")
+    if masks is not None:
+        masks = masks_lib.given_masks(masks, fixed=every is None)
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(
@@ -153,17 +169,29 @@ def transform(
     rule = Rule(
         drop=scores.magnitude() if drop is None else drop,
         grow=scores.acquisition() if grow is None else grow,
+        plan=plans.exchange() if plan is None else plan,
+        memory=memory,
         regrow=regrow,
         counter_update=counter_update,
         selection=selection,
     )
     wrapped = None if inner is None else optax.with_extra_args_support(inner)
 
-    def counts_of(params: PyTree) -> list[int | None]:
+    def counts_of(params: PyTree) -> tuple[list[int | None], list[int | None]]:
+        """Active weights of each leaf at the asked sparsity and at step 0, None where dense."""
         if masks is not None:
             given = mask_leaves(masks, params)
-            return [None if is_dense(mask) else int(mask.sum()) for mask in given]
-        return masks_lib.leaf_counts(params, target, distribution, where)
+            traced = [isinstance(mask, jax.core.Tracer) for mask in given]
+            known = [
+                None if is_dense(mask) or t else int(mask.sum())
+                for mask, t in zip(given, traced, strict=True)
+            ]
+            return known, known
+
+        def spread(sparsity: Sparsity) -> list[int | None]:
+            return masks_lib.leaf_counts(params, sparsity, distribution, where)
+
+        return spread(target), rule.plan.first_counts(params, spread(target), spread)
 
     def init(params: PyTree) -> SparseState:
         leaves, treedef = jax.tree.flatten(params)
@@ -171,9 +199,7 @@ def transform(
             first = counters = params
         else:
             if masks is None:
-                first = masks_lib.init_masks(
-                    params, target, key, distribution=distribution, where=where
-                )
+                first = masks_lib.masks_of_counts(params, counts_of(params)[1], key)
             else:
                 masks_lib.check_masks(masks, params)
                 given = mask_leaves(masks, params)
@@ -186,7 +212,7 @@ def transform(
             key=copy_key(key),
             masks=first,
             counters=counters,
-            rule_state=(),
+            rule_state=_first_rule_state(rule, params, first, key),
             inner_state=() if wrapped is None else wrapped.init(params),
         )
 
@@ -206,11 +232,35 @@ def transform(
             dense_grads = _leaves_like(treedef, grads, "grad=")
         masks_now = mask_leaves(state.masks, params)
         counters = mask_leaves(state.counters, params)
-        counts = counts_of(params)
+        targets, starts = counts_of(params)
         # A mask that is all ones for ever costs nothing: its leaf is treated as dense.
-        full = [n == w.size for n, w in zip(counts, weights, strict=True)]
+        stays = rule.plan.exchanges
+        full = [stays and n == w.size for n, w in zip(targets, weights, strict=True)]
         old = [optax.MaskedNode() if f else m for f, m in zip(full, masks_now, strict=True)]
         count = optax.safe_increment(state.count)
+        kept, plan_state = _recall(state.rule_state, params)
+
+        def view(i: int, param: jax.Array) -> Leaf:
+            return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
+                param=_masked(masks_now[i], param),
+                grad=dense_grads[i],
+                mask=masks_now[i],
+                counter=counters[i],
+                key=jax.random.fold_in(jax.random.fold_in(state.key, count), i),
+                count=count,
+                rule_state=kept[i],
+                target=targets[i],
+            )
+
+        sparse = [i for i, mask in enumerate(masks_now) if not is_dense(mask)]
+        if penalty is not None:
+            for i in sparse:
+                leaf = view(i, weights[i])
+                term = penalty(leaf._replace(key=jax.random.fold_in(leaf.key, 2)))
+                outgoing[i] = outgoing[i] + term.astype(outgoing[i].dtype)
+        if memory is not None:
+            for i in sparse:
+                kept[i] = memory.update(view(i, weights[i]))
 
         outgoing = [_masked(m, u) for m, u in zip(old, outgoing, strict=True)]
         inner_state = state.inner_state
@@ -219,21 +269,12 @@ def transform(
             step, inner_state = wrapped.update(active_grads, inner_state, params, **extra)
             outgoing = jax.tree.leaves(step)
 
-        def view(i: int) -> Leaf:
+        def moved(i: int) -> Leaf:
             w = weights[i]
-            moved = w + outgoing[i].astype(w.dtype) if update_weights else w
-            return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
-                param=_masked(masks_now[i], moved),
-                grad=dense_grads[i],
-                mask=masks_now[i],
-                counter=counters[i],
-                key=jax.random.fold_in(jax.random.fold_in(state.key, count), i),
-                count=count,
-                rule_state=state.rule_state,
-            )
+            return view(i, w + outgoing[i].astype(w.dtype) if update_weights else w)
 
-        is_round, new, counters = update_topology(
-            rule, rounds, counts, view, masks_now, counters, count
+        is_round, new, counters, plan_state = update_topology(
+            rule, rounds, targets, starts, moved, masks_now, counters, count, plan_state
         )
         # Alive: active before and after. What has just grown starts at zero, like the rest.
         alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
@@ -253,11 +294,44 @@ def transform(
             key=state.key,
             masks=replace_leaves(state.masks, params, new),
             counters=replace_leaves(state.counters, params, counters),
-            rule_state=state.rule_state,
+            rule_state=_remember(state.rule_state, params, kept, plan_state),
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _first_rule_state(rule: Rule, params: PyTree, masks: PyTree, key: jax.Array) -> Any:
+    """`()`, or the RuleState of a method that keeps something of its own."""
+    plan_state = rule.plan.init()
+    if rule.memory is None:
+        return RuleState((), plan_state) if jax.tree.leaves(plan_state) else ()
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        return RuleState(params, plan_state)
+    kept = [
+        mask if is_dense(mask) else rule.memory.init(jnp.asarray(leaf), jax.random.fold_in(key, i))
+        for i, (leaf, mask) in enumerate(zip(leaves, mask_leaves(masks, params), strict=True))
+    ]
+    return RuleState(jax.tree.unflatten(treedef, kept), plan_state)
+
+
+def _recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree]:
+    """Each leaf's memory, () where there is none, and the plan's state."""
+    memory, plan_state = rule_state or ((), ())
+    if jax.tree.leaves(memory):
+        return mask_leaves(memory, params), plan_state
+    return [()] * len(jax.tree.leaves(params)), plan_state
+
+
+def _remember(rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree) -> Any:
+    """`rule_state` with new memories and a new plan's state."""
+    if not rule_state:
+        return rule_state
+    memory = rule_state.memory
+    if jax.tree.leaves(memory):
+        memory = replace_leaves(memory, params, kept)
+    return RuleState(memory, plan_state)
 
 
 def _masked(mask: Any, x: jax.Array) -> jax.Array:
