@@ -26,8 +26,10 @@ from rich.console import Console
 
 import dstee_jax as dstee
 from experiments import data, records
-from experiments.methods import METHODS, choice, optimizer
+from experiments.methods import METHODS, choice, first_masks, optimizer
 from experiments.models import MODELS, count_weights
+
+SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
 
 
 class TrainState(NamedTuple):
@@ -39,10 +41,23 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, shape ()
 
 
+def _switched_on(params: Any) -> Any:
+    """A ResNet's blocks start with a scale of zero: with ones, their weights get a score."""
+
+    def on(path, leaf):
+        scale = "scale" in jax.tree_util.keystr(path)
+        return jnp.where((leaf == 0).all(), 1, leaf) if scale else leaf
+
+    return jax.tree_util.tree_map_with_path(on, params)
+
+
 class Trainer:
     """A network, an optimizer and the jitted functions that train and evaluate it."""
 
-    def __init__(self, args: argparse.Namespace, train_size: int, seed: int = 0):
+    def __init__(
+        self, args: argparse.Namespace, train_size: int, seed: int = 0, scored: Any = None
+    ):
+        """`scored`: images (uint8) and labels for methods that choose masks before training."""
         self.batch = args.batch
         self.steps_per_epoch = train_size // args.batch
         self.key = jax.random.key(seed)
@@ -69,8 +84,21 @@ class Trainer:
         names = ("every", "start", "stop", "drop_fraction", "c", "eps")
         options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
         key = jax.random.fold_in(self.key, 1)
+        masks = None
+        if scored is not None:
+            batch = data.normalise(scored[0], dtype), scored[1]
+            awake = _switched_on(self.first_params)
+            masks = first_masks(
+                args.method, awake, batch, args.sparsity, key, network=self._network
+            )
         self.tx = optimizer(
-            args.method, inner, sparsity=args.sparsity, total_steps=total, key=key, **options
+            args.method,
+            inner,
+            sparsity=args.sparsity,
+            total_steps=total,
+            key=key,
+            masks=masks,
+            **options,
         )
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -83,6 +111,12 @@ class Trainer:
             params = dstee.rescale(params, masks) if self.rescale else params
             params = dstee.apply_masks(params, masks)
         return TrainState(params, self.first_stats, opt_state, jnp.zeros((), jnp.int32))
+
+    def _network(self, params, x, training):
+        """Logits of the untrained network, with its first statistics."""
+        graph = self.train_def if training else self.eval_def
+        model = nnx.merge(graph, params, self.first_stats, copy=True)
+        return model(x).astype(jnp.float32)
 
     def _loss(self, params, stats, x, y):
         model = nnx.merge(self.train_def, params, stats, copy=True)
@@ -143,7 +177,12 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     if arrays is None:
         arrays = data.load_splits(args.dataset, args.data_dir, args.split == "validation")
     (images, labels), (eval_images, eval_labels) = jax.device_put(arrays)
-    trainer = Trainer(args, len(images), seed)
+    scored = None
+    if METHODS[args.method].first_masks is not None:
+        some = np.random.default_rng(seed).permutation(len(images))
+        some = some[: SCORED_PER_CLASS * data.CLASSES[args.dataset]]
+        scored = images[some], labels[some]
+    trainer = Trainer(args, len(images), seed, scored)
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     store = _Checkpoints(args) if args.work_dir else None

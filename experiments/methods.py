@@ -1,23 +1,56 @@
-"""Methods by the names that the command lines take."""
+"""Methods by the names that the command lines take, and what each needs from a trainer."""
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from dstee_jax import methods
+from dstee_jax import at_init, methods
+
+_SCHEDULE = ("every", "start", "stop", "drop_fraction")
+
+
+class Method(NamedTuple):
+    """How a method by name becomes an optimizer.
+
+    Attributes:
+      factory: from `dstee_jax.methods`, or None for dense training.
+      options: of the command line that the factory takes; others are not passed on.
+      first_masks: from `dstee_jax.at_init`, for methods that choose their masks once.
+    """
+
+    factory: Callable[..., optax.GradientTransformationExtraArgs] | None
+    options: tuple[str, ...] = ()
+    first_masks: Callable[..., Any] | None = None
+
 
 METHODS = {
-    "dense": None,
-    "static": methods.static,
-    "set": methods.set,
-    "rigl": methods.rigl,
-    "dst_ee": methods.dst_ee,
-    "set_itop": methods.set_itop,
-    "rigl_itop": methods.rigl_itop,
+    "dense": Method(None),
+    # one mask, chosen before training
+    "static": Method(methods.static),
+    "magnitude": Method(methods.static, first_masks=at_init.magnitude),
+    "snip": Method(methods.static, first_masks=at_init.snip),
+    "grasp": Method(methods.static, first_masks=at_init.grasp),
+    "synflow": Method(methods.static, first_masks=at_init.synflow),
+    # from dense to sparse
+    "gmp": Method(methods.gmp, ("every",)),
+    "admm": Method(methods.admm),
+    "gap": Method(methods.gap),
+    "granet": Method(methods.granet, ("every",)),
+    # sparse from the first step to the last
+    "deep_r": Method(methods.deep_r),
+    "set": Method(methods.set, _SCHEDULE),
+    "set_itop": Method(methods.set_itop, ("every",)),
+    "snfs": Method(methods.snfs, ("every",)),
+    "dsr": Method(methods.dsr, ("every",)),
+    "mest": Method(methods.mest, ("every",)),
+    "mest_ems": Method(methods.mest_ems, ("every",)),
+    "rigl": Method(methods.rigl, _SCHEDULE),
+    "rigl_itop": Method(methods.rigl_itop, ("every",)),
+    "dst_ee": Method(methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize")),
 }
 
 
@@ -40,10 +73,51 @@ def optimizer(
     sparsity: float,
     total_steps: int,
     key: jax.Array,
+    masks: Any = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    """`inner` made sparse by the method of that name; `inner` itself for 'dense'."""
-    factory = METHODS[method]
+    """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
+
+    Options that the method does not have are left out. `masks` are those of `first_masks`.
+    """
+    factory, names, _ = METHODS[method]
     if factory is None:
         return inner
-    return factory(inner, sparsity=sparsity, total_steps=total_steps, key=key, **options)
+    options = {name: value for name, value in options.items() if name in names}
+    if masks is None:
+        options["sparsity"] = sparsity
+    return factory(inner, total_steps=total_steps, key=key, masks=masks, **options)
+
+
+def first_masks(
+    method: str,
+    params: Any,
+    batch: tuple[jax.Array, jax.Array],
+    sparsity: float,
+    key: jax.Array,
+    *,
+    network: Callable[[Any, jax.Array, bool], jax.Array],
+) -> Any:
+    """The masks of a method that chooses them before training, None for the others.
+
+    Args:
+      method: its name.
+      params: parameters.
+      batch: images and labels.
+      sparsity: in [0, 1).
+      key: PRNG key.
+      network: `(params, images, training) -> logits`.
+    """
+    score = METHODS[method].first_masks
+    if score is None:
+        return None
+    temperature = 200.0 if method == "grasp" else 1.0
+
+    def loss(params, batch):
+        images, labels = batch
+        logits = network(params, images, True) / temperature
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    if method == "synflow":
+        return score(lambda p, x: network(p, x, False), params, batch[0][:1], sparsity, key)
+    return score(loss, params, batch, sparsity, key)

@@ -26,12 +26,13 @@ from sklearn.model_selection import train_test_split
 
 import dstee_jax as dstee
 from experiments import records
-from experiments.methods import METHODS, choice, optimizer
+from experiments.methods import METHODS, choice, first_masks, optimizer
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
 STEPS = 2000
 EVAL_EVERY = 50
+SCORED = 100  # images that SNIP and GraSP see: 10 of each class
 LEARNING_RATE = 0.1
 # The schedule of mask updates that won on the validation split at 98% (experiments/sweep.py),
 # the same for every method.
@@ -103,12 +104,18 @@ def train(
         optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
 
-    def make(key):
-        return optimizer(method, inner, sparsity=sparsity, total_steps=steps, key=key, **options)
+    def make(key, masks=None):
+        return optimizer(
+            method, inner, sparsity=sparsity, total_steps=steps, key=key, masks=masks, **options
+        )
 
     def init(key):
         params = init_params(jax.random.fold_in(key, 0))
-        opt_state = make(jax.random.fold_in(key, 1)).init(params)
+        some = jax.random.permutation(jax.random.fold_in(key, 2), len(x_train))[:SCORED]
+        network = lambda params, x, training: forward(params, x)  # noqa: E731
+        batch = (x_train[some], y_train[some])
+        masks = first_masks(method, params, batch, sparsity, key, network=network)
+        opt_state = make(jax.random.fold_in(key, 1), masks).init(params)
         if method != "dense":
             masks = dstee.get_state(opt_state).masks
             params = dstee.rescale(params, masks) if rescale else params
@@ -122,7 +129,8 @@ def train(
         params, opt_state = carry
         index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
         grads = jax.grad(loss)(params, x_train[index], y_train[index])
-        updates, opt_state = make(key).update(grads, opt_state, params)
+        chosen = METHODS[method].first_masks and dstee.get_state(opt_state).masks
+        updates, opt_state = make(key, chosen).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
     def chunk(params, opt_state, first, key):
@@ -173,9 +181,15 @@ def picture(results: dict[tuple[str, float], Result], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colors = dict(
-        zip(METHODS, ["#444444", "#999999", "#E69F00", "#0072B2", "#D55E00"], strict=False)
-    )
+    named = {
+        "dense": "#444444",
+        "static": "#999999",
+        "set": "#E69F00",
+        "rigl": "#0072B2",
+        "dst_ee": "#D55E00",
+    }
+    others = iter(plt.colormaps["tab20"].colors * 2)
+    colors = {method: named.get(method) or next(others) for method in METHODS}
     hardest = max(sparsity for _, sparsity in results)
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for (method, sparsity), result in results.items():
@@ -192,7 +206,7 @@ def picture(results: dict[tuple[str, float], Result], path: Path) -> None:
     axes[0, 0].set_title(f"accuracy at {hardest:.0%} sparsity (band: 1 sd)")
     axes[0, 1].set(xlabel="step", ylabel="exploration degree R", title="weights ever active")
     for axis in axes[0]:
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, ncols=1 + len(axis.lines) // 6, fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
     masks = results.get(("dst_ee", hardest), next(reversed(results.values()))).masks
     for axis, mask, when in zip(axes[1], masks, ("before", "after"), strict=True):
@@ -213,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     quick = ["dense", "static", "set", "rigl", "dst_ee"]
-    parser.add_argument("--methods", nargs="+", type=choice([*METHODS]), default=quick)
+    valid = [*METHODS, "all"]
+    parser.add_argument("--methods", nargs="+", type=choice(valid), default=quick)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95, 0.98])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--split", choices=["test", "validation"], default="test")
@@ -224,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     if wrong := [s for s in args.sparsity if not 0 <= s < 1]:
         parser.error(f"--sparsity {wrong[0]} must be in [0, 1), as 0.95 for 5% of the weights.")
 
+    if "all" in args.methods:
+        args.methods = [*METHODS]
     cells = [(m, s) for m in args.methods if m != "dense" for s in args.sparsity]
     cells = [("dense", 0.0)] * ("dense" in args.methods) + cells
     columns = (
@@ -238,7 +255,6 @@ def main(argv: list[str] | None = None) -> None:
         for method, sparsity in cells:
             progress.update(bar, description=f"{method} at {sparsity:.0%}")
             tick = lambda: progress.advance(bar)  # noqa: E731
-            options = {} if method in ("dense", "static") else SCHEDULE
             results[method, sparsity] = train(
                 method,
                 sparsity,
@@ -246,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.split,
                 rescale=args.rescale,
                 tick=tick,
-                **options,
+                **SCHEDULE,
             )
 
     table = Table(title=f"digits, {args.split} accuracy (%), {args.seeds} seeds")

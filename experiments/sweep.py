@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from dstee_jax import scores
 from experiments import cifar, data, quickstart, records
 
 SHARED = {
@@ -62,9 +61,7 @@ def run_digits(method: str, sparsity: float, setting: dict[str, Any], seeds: int
     """Validation accuracy of each seed."""
     setting = dict(setting)
     if method == "dst_ee_normalized":
-        c, eps = setting.pop("c"), setting.pop("eps")
-        setting["grow"] = scores.acquisition(c, eps, normalize=True)
-        method = "dst_ee"
+        method, setting["normalize"] = "dst_ee", True
     result = quickstart.train(method, sparsity, seeds, "validation", **setting)
     return [float(x) for x in result.accuracy[:, -1]]
 
