@@ -1,6 +1,17 @@
 """Dynamic sparse training for JAX: networks that stay sparse from the first step to the last."""
 
-from dstee_jax import at_init, distributions, memory, methods, penalties, plans, scores
+from dstee_jax import (
+    at_init,
+    distributions,
+    inclusion,
+    memory,
+    methods,
+    penalties,
+    plans,
+    scores,
+    soft_threshold,
+    structures,
+)
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.masks import apply_masks, init_masks, kernels
 from dstee_jax.metrics import density, exploitation_degree, exploration_degree, summary
@@ -23,6 +34,7 @@ __all__ = [
     "exploitation_degree",
     "exploration_degree",
     "get_state",
+    "inclusion",
     "init_masks",
     "kernels",
     "memory",
@@ -32,6 +44,8 @@ __all__ = [
     "rescale",
     "scores",
     "seed_axes",
+    "soft_threshold",
+    "structures",
     "summary",
     "transform",
     "uniform",

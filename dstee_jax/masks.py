@@ -21,6 +21,7 @@ from dstee_jax.state import (
     mask_leaves,
     path_name,
 )
+from dstee_jax.structures import Structure
 
 Where = Callable[[Any, Any], bool]
 Sparsity = float | Mapping[str, float]
@@ -48,6 +49,7 @@ def leaf_counts(
     sparsity: Sparsity,
     distribution: Distribution = distributions.erk,
     where: Where = kernels,
+    structure: Structure | None = None,
 ) -> list[int | None]:
     """Exact active count of each leaf of `params` in leaf order, None where it stays dense.
 
@@ -70,6 +72,8 @@ def leaf_counts(
     if len(shapes) != len(names) - names.count(None):
         raise ValueError(f"two leaves have the same name among {names}: rename one.")
     counts = distributions.active_counts(shapes, sparsity, distribution)
+    if structure is not None:
+        counts = {name: structure.count(shapes[name], n) for name, n in counts.items()}
     return [None if name is None else counts[name] for name in names]
 
 
@@ -115,11 +119,17 @@ def init_masks(
     return masks_of_counts(params, leaf_counts(params, sparsity, distribution, where), key)
 
 
-def masks_of_counts(params: PyTree, counts: list[int | None], key: jax.Array) -> PyTree:
+def masks_of_counts(
+    params: PyTree,
+    counts: list[int | None],
+    key: jax.Array,
+    structure: Structure | None = None,
+) -> PyTree:
     """Random masks with the given count in each leaf, `MaskedNode` where it is None."""
+    draw = random_mask if structure is None else structure.random_mask
     leaves, treedef = jax.tree.flatten(params)
     masks = [
-        optax.MaskedNode() if n is None else random_mask(jax.random.fold_in(key, i), leaf.shape, n)
+        optax.MaskedNode() if n is None else draw(jax.random.fold_in(key, i), leaf.shape, n)
         for i, (leaf, n) in enumerate(zip(leaves, counts, strict=True))
     ]
     return jax.tree.unflatten(treedef, masks)
@@ -143,13 +153,14 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
             )
 
 
-def given_masks(masks: PyTree, *, fixed: bool) -> PyTree:
+def given_masks(masks: PyTree, *, fixed: bool, structure: Structure | None = None) -> PyTree:
     """A copy of given masks in NumPy: later changes to the caller's arrays do not reach it.
 
     Traced masks are returned as they are if `fixed`: masks that never change need no counts.
 
     Raises:
-      ValueError: a mask is traced and not `fixed`, or all leaves are dense.
+      ValueError: a mask is traced and not `fixed`, does not have the structure, or all leaves
+        are dense.
     """
     leaves = jax.tree.leaves(masks)
     if not leaves:
@@ -161,7 +172,14 @@ def given_masks(masks: PyTree, *, fixed: bool) -> PyTree:
             "masks= is traced: the counts of active weights must be known when the step is "
             "compiled. Make the masks outside jit and vmap, or keep them fixed (every=None)."
         )
-    return jax.tree.map(np.array, masks)
+    masks = jax.tree.map(np.array, masks)
+    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
+        if structure is not None and not structure.fits(mask):
+            raise ValueError(
+                f"the mask given for {path_name(path)} does not have the structure: leave masks= "
+                "out to start from a random one that has."
+            )
+    return masks
 
 
 def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:

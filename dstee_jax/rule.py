@@ -14,6 +14,7 @@ from dstee_jax.schedule import Rounds
 from dstee_jax.scores import Score
 from dstee_jax.selection import Selection, drop_and_grow
 from dstee_jax.state import Leaf, is_dense
+from dstee_jax.structures import Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Rule:
     grow: Score
     plan: Plan
     memory: Memory | None
+    structure: Structure | None
     regrow: bool
     counter_update: str
     selection: Selection
@@ -35,16 +37,22 @@ class Rule:
         self, leaf: Leaf, drop_score: jax.Array, k_drop: Any, k_grow: Any, k_max: int
     ) -> tuple[jax.Array, jax.Array]:
         """New mask (bool) and counter (unsigned) of one leaf."""
-        mask = drop_and_grow(
-            leaf.mask,
-            drop_score,
-            self.grow(leaf._replace(key=jax.random.fold_in(leaf.key, 1))),
-            k_drop,
-            k_max=k_max,
-            k_grow=None if self.plan.exchanges else k_grow,
-            regrow=self.regrow,
-            selection=self.selection,
-        )
+        grow_score = self.grow(leaf._replace(key=jax.random.fold_in(leaf.key, 1)))
+        if self.structure is not None:
+            mask = self.structure.exchange(
+                leaf.mask, drop_score, grow_score, k_drop, k_max, self.regrow, self.selection
+            )
+        else:
+            mask = drop_and_grow(
+                leaf.mask,
+                drop_score,
+                grow_score,
+                k_drop,
+                k_max=k_max,
+                k_grow=None if self.plan.exchanges else k_grow,
+                regrow=self.regrow,
+                selection=self.selection,
+            )
         seen = mask if self.counter_update == "new" else leaf.mask
         room = leaf.counter < jnp.iinfo(leaf.counter.dtype).max
         return mask, leaf.counter + (seen & room).astype(leaf.counter.dtype)

@@ -30,6 +30,7 @@ from dstee_jax.state import (
     mask_leaves,
     replace_leaves,
 )
+from dstee_jax.structures import Structure
 
 
 def transform(
@@ -52,6 +53,7 @@ def transform(
     plan: Plan | None = None,
     memory: Memory | None = None,
     penalty: Score | None = None,
+    structure: Structure | None = None,
     counter_init: str = "masks",
     counter_update: str = "new",
     counter_dtype: Any = jnp.uint16,
@@ -103,6 +105,8 @@ def transform(
         scores find it in `leaf.rule_state`.
       penalty: a function of a leaf, as a score is, added to the gradient of active weights
         before it reaches `inner`: the gradient of a regulariser, or noise. Needs `inner`.
+      structure: which masks are allowed, as `structures.n_m(2, 4)`; default any. Needs the
+        default plan.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
         `exploration_degree` does not see the first mask).
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
@@ -158,8 +162,10 @@ def transform(
     target: Sparsity = 0.0 if sparsity is None else sparsity
     if penalty is not None and inner is None:
         raise ValueError("penalty= changes the gradient that reaches inner: give an optimizer.")
+    if structure is not None and plan is not None and not plan.exchanges:
+        raise ValueError("structure= keeps the count of every leaf: leave plan= out.")
     if masks is not None:
-        masks = masks_lib.given_masks(masks, fixed=every is None)
+        masks = masks_lib.given_masks(masks, fixed=every is None, structure=structure)
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(
@@ -171,6 +177,7 @@ def transform(
         grow=scores.acquisition() if grow is None else grow,
         plan=plans.exchange() if plan is None else plan,
         memory=memory,
+        structure=structure,
         regrow=regrow,
         counter_update=counter_update,
         selection=selection,
@@ -189,7 +196,7 @@ def transform(
             return known, known
 
         def spread(sparsity: Sparsity) -> list[int | None]:
-            return masks_lib.leaf_counts(params, sparsity, distribution, where)
+            return masks_lib.leaf_counts(params, sparsity, distribution, where, structure)
 
         return spread(target), rule.plan.first_counts(params, spread(target), spread)
 
@@ -199,7 +206,7 @@ def transform(
             first = counters = params
         else:
             if masks is None:
-                first = masks_lib.masks_of_counts(params, counts_of(params)[1], key)
+                first = masks_lib.masks_of_counts(params, counts_of(params)[1], key, structure)
             else:
                 masks_lib.check_masks(masks, params)
                 given = mask_leaves(masks, params)

@@ -1,0 +1,95 @@
+"""STR: weights behind a learned soft threshold, one for each leaf; sparsity comes out of training.
+
+    params = soft_threshold.init(params, start=-5.0)
+    loss = lambda params, batch: model_loss(soft_threshold.apply(params), batch)
+    ...                                   # any optax optimizer, with weight decay on everything
+    params = soft_threshold.apply(params)  # sparse parameters of the model
+
+It is a reparameterisation, not a transformation: the gradient flows through the threshold, and
+no mask is kept. Start and weight decay set the sparsity: `density` says what came out.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dstee_jax.masks import Where, kernels
+from dstee_jax.state import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+
+
+class Thresholded(NamedTuple):
+    """Parameters to train: weights, and the threshold parameter s of each sparse leaf."""
+
+    weights: PyTree
+    thresholds: PyTree  # float32 scalars s; the threshold is sigmoid(s). MaskedNode where dense
+
+
+def init(params: PyTree, *, start: float = -5.0, where: Where = kernels) -> Thresholded:
+    """Put parameters behind a soft threshold.
+
+    Args:
+      params: pytree of arrays.
+      start: first s of every leaf; the threshold is sigmoid(s), so -5 is 0.0067, in units of a
+        weight.
+      where: `(path, leaf) -> bool`, which leaves get a threshold.
+
+    Returns:
+      The parameters to train, a pytree.
+
+    Raises:
+      ValueError: `where` selects no leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = init({"kernel": jnp.array([[0.5, -0.1], [0.01, -0.7]])}, start=-1.3863)
+      >>> apply(params)["kernel"].round(2).tolist()  # the threshold is 0.2
+      [[0.30000001192092896, -0.0], [0.0, -0.5]]
+
+    References:
+      Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", 2020,
+      Eq. 4 to 6.
+    """
+    pairs = [pair for pair in leaves_with_path(params) if not is_dense(pair[1])]
+    nodes = [
+        jnp.float32(start) if where(path, leaf) else optax.MaskedNode() for path, leaf in pairs
+    ]
+    if all(is_dense(node) for node in nodes):
+        names = [path_name(path) for path, _ in pairs]
+        raise ValueError(f"where selects none of {names}: make it True for at least one.")
+    return Thresholded(params, jax.tree.unflatten(jax.tree.structure(params), nodes))
+
+
+def apply(params: Thresholded) -> PyTree:
+    """The sparse parameters: sign(w) * relu(|w| - sigmoid(s)) where there is a threshold.
+
+    Args:
+      params: from `init`, or trained.
+
+    Returns:
+      The structure of `params.weights`, in its dtypes. Differentiable in weights and s.
+    """
+    leaves, treedef = jax.tree.flatten(params.weights)
+    pairs = zip(leaves, mask_leaves(params.thresholds, params.weights), strict=True)
+    return jax.tree.unflatten(treedef, [w if is_dense(s) else _shrink(w, s) for w, s in pairs])
+
+
+def density(params: Thresholded) -> jax.Array:
+    """Share of weights above their threshold, among all leaves that have one; float32, shape ()."""
+    pairs = zip(
+        jax.tree.leaves(params.weights),
+        mask_leaves(params.thresholds, params.weights),
+        strict=True,
+    )
+    above = [jnp.abs(w) > _threshold(w, s) for w, s in pairs if not is_dense(s)]
+    active = sum(jnp.sum(a, dtype=jnp.float32) for a in above)
+    return jnp.asarray(active / sum(a.size for a in above), jnp.float32)
+
+
+def _threshold(w: jax.Array, s: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(s).astype(w.dtype)
+
+
+def _shrink(w: jax.Array, s: jax.Array) -> jax.Array:
+    return jnp.sign(w) * jax.nn.relu(jnp.abs(w) - _threshold(w, s))
