@@ -25,11 +25,16 @@ from flax import nnx
 from rich.console import Console
 
 import dstee_jax as dstee
-from experiments import data, records
-from experiments.methods import METHODS, choice, first_masks, optimizer
+from dstee_jax import soft_threshold
+from dstee_jax.state import find_states
+from experiments import data, records, sis
+from experiments.methods import METHODS, choice, first_masks, measures, model_params, optimizer
 from experiments.models import MODELS, count_weights
 
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
+WEIGHT_DECAY = 5e-4
+PRUNED_FROM = 256  # images that SIS fits layers to
+THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
 
 
 class TrainState(NamedTuple):
@@ -61,8 +66,8 @@ class Trainer:
         self.batch = args.batch
         self.steps_per_epoch = train_size // args.batch
         self.key = jax.random.key(seed)
-        self.sparse = args.method != "dense"
-        self.rescale = args.rescale
+        self.trains = METHODS[args.method].trains
+        self.rescale, self.sparsity = args.rescale, args.sparsity
         dtype = jnp.bfloat16 if args.bf16 else jnp.float32
         self.dtype = dtype
 
@@ -83,34 +88,53 @@ class Trainer:
         )
         names = ("every", "start", "stop", "drop_fraction", "c", "eps")
         options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
-        key = jax.random.fold_in(self.key, 1)
-        masks = None
-        if scored is not None:
-            batch = data.normalise(scored[0], dtype), scored[1]
-            awake = _switched_on(self.first_params)
-            masks = first_masks(
-                args.method, awake, batch, args.sparsity, key, network=self._network
-            )
-        self.tx = optimizer(
+        self._make = functools.partial(
+            optimizer,
             args.method,
             inner,
             sparsity=args.sparsity,
             total_steps=total,
-            key=key,
-            masks=masks,
+            key=jax.random.fold_in(self.key, 1),
             **options,
         )
+        if self.trains != "masked":
+            self.tx = inner
+            return
+        masks = None
+        if scored is not None:
+            masks = first_masks(
+                args.method,
+                _switched_on(self.first_params),
+                (data.normalise(scored[0], dtype), scored[1]),
+                args.sparsity,
+                jax.random.fold_in(self.key, 4),
+                network=self._network,
+            )
+        self.tx = self._make(masks=masks)
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(self) -> TrainState:
         """The state before the first step, sparse already."""
         params = self.first_params
+        if self.trains == "thresholds":
+            params = soft_threshold.init(params, start=THRESHOLD_START)
         opt_state = self.tx.init(params)
-        if self.sparse:
+        if find_states(opt_state):
             masks = dstee.get_state(opt_state).masks
             params = dstee.rescale(params, masks) if self.rescale else params
             params = dstee.apply_masks(params, masks)
         return TrainState(params, self.first_stats, opt_state, jnp.zeros((), jnp.int32))
+
+    def prune(self, state: TrainState, images: jax.Array) -> TrainState:
+        """SIS: sparsify each layer of the trained network, and keep the masks from here on."""
+        model = nnx.merge(self.eval_def, state.params, state.stats, copy=True)
+        some = images[np.random.default_rng(0).permutation(len(images))[:PRUNED_FROM]]
+        params, masks = sis.sparsify_model(model, data.normalise(some), self.sparsity)
+        self.tx = self._make(masks=masks)
+        opt_state = self.tx.init(params)
+        explored = jax.tree.map(jnp.ones_like, opt_state.counters)  # all weights were active
+        opt_state = opt_state._replace(counters=explored, inner_state=state.opt_state)
+        return state._replace(params=params, opt_state=opt_state)
 
     def _network(self, params, x, training):
         """Logits of the untrained network, with its first statistics."""
@@ -119,7 +143,7 @@ class Trainer:
         return model(x).astype(jnp.float32)
 
     def _loss(self, params, stats, x, y):
-        model = nnx.merge(self.train_def, params, stats, copy=True)
+        model = nnx.merge(self.train_def, model_params(params), stats, copy=True)
         logits = model(x).astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, nnx.state(model, nnx.BatchStat)
@@ -159,7 +183,7 @@ class Trainer:
 
     @functools.partial(jax.jit, static_argnums=0)
     def _hits(self, state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Array:
-        model = nnx.merge(self.eval_def, state.params, state.stats)
+        model = nnx.merge(self.eval_def, model_params(state.params), state.stats)
         return jnp.sum(model(data.normalise(images, self.dtype)).argmax(-1) == labels)
 
     def evaluate(self, state: TrainState, images: jax.Array, labels: jax.Array) -> float:
@@ -186,12 +210,18 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     store = _Checkpoints(args) if args.work_dir else None
+    prune_at = round(sis.PRUNE_AT * args.epochs) if trainer.trains == "pruned" else None
     if store and args.resume:
+        if prune_at is not None and (store.manager.latest_step() or 0) > prune_at:
+            state = trainer.prune(state, images)  # for its shapes
         state, first, history = store.restore(state)
     seconds = sum(row["seconds"] for row in history)
+    density, explored = map(float, measures(state.params, state.opt_state))
 
     for epoch in range(first, args.epochs):
         begin = time.perf_counter()
+        if epoch == prune_at:
+            state = trainer.prune(state, images)
         state, loss = trainer.epoch(state, epoch, images, labels)
         if not np.isfinite(loss):
             raise FloatingPointError(
@@ -199,7 +229,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
             )
         took = time.perf_counter() - begin
         seconds += took
-        explored = float(dstee.exploration_degree(state.opt_state)) if trainer.sparse else 1.0
+        density, explored = map(float, measures(state.params, state.opt_state))
         accuracy = trainer.evaluate(state, eval_images, eval_labels)
         row = {
             "epoch": epoch + 1,
@@ -218,14 +248,15 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
         if store:
             store.save(epoch + 1, state, history)
 
-    density = float(dstee.density(state.opt_state)) if trainer.sparse else 1.0
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
     options = ("every", "start", "stop", "drop_fraction", "c", "eps", "rescale")
+    decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
     return {
         **{name: getattr(args, name) for name in named},
         "seed": seed,
         "data": args.note or args.dataset,
-        "options": {n: getattr(args, n) for n in options if getattr(args, n) not in (None, False)},
+        "options": decay
+        | {n: getattr(args, n) for n in options if getattr(args, n) not in (None, False)},
         "accuracy": history[-1]["accuracy"],
         "best_accuracy": max(row["accuracy"] for row in history),
         "density": round(density, 6),
@@ -290,7 +321,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=160)
     add("--batch", type=int, default=128)
     add("--learning_rate", type=float, default=0.1)
-    add("--weight_decay", type=float, default=5e-4)
+    add("--weight_decay", type=float, default=WEIGHT_DECAY, help="for str it sets the sparsity")
     add("--every", type=int, help="steps between mask updates")
     add("--start", type=float, help="share of training before the first mask update")
     add("--stop", type=float, help="share of training after which masks stay")

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from dstee_jax import at_init, methods
+import dstee_jax as dstee
+from dstee_jax import at_init, methods, soft_threshold
+from dstee_jax.state import find_states
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction")
 
@@ -20,11 +23,14 @@ class Method(NamedTuple):
       factory: from `dstee_jax.methods`, or None for dense training.
       options: of the command line that the factory takes; others are not passed on.
       first_masks: from `dstee_jax.at_init`, for methods that choose their masks once.
+      trains: `'masked'`; `'thresholds'`: learned soft thresholds, no masks (STR); `'pruned'`:
+        dense until `experiments.sis.PRUNE_AT`, then pruned once and masked (SIS).
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs] | None
     options: tuple[str, ...] = ()
     first_masks: Callable[..., Any] | None = None
+    trains: str = "masked"
 
 
 METHODS = {
@@ -36,6 +42,8 @@ METHODS = {
     "grasp": Method(methods.static, first_masks=at_init.grasp),
     "synflow": Method(methods.static, first_masks=at_init.synflow),
     # from dense to sparse
+    "str": Method(None, trains="thresholds"),
+    "sis": Method(methods.static, trains="pruned"),
     "gmp": Method(methods.gmp, ("every",)),
     "admm": Method(methods.admm),
     "gap": Method(methods.gap),
@@ -80,13 +88,29 @@ def optimizer(
 
     Options that the method does not have are left out. `masks` are those of `first_masks`.
     """
-    factory, names, _ = METHODS[method]
+    factory, names, *_ = METHODS[method]
     if factory is None:
         return inner
     options = {name: value for name, value in options.items() if name in names}
     if masks is None:
         options["sparsity"] = sparsity
     return factory(inner, total_steps=total_steps, key=key, masks=masks, **options)
+
+
+def model_params(params: Any) -> Any:
+    """The parameters that the network sees: those behind thresholds, or `params` itself."""
+    behind = isinstance(params, soft_threshold.Thresholded)
+    return soft_threshold.apply(params) if behind else params
+
+
+def measures(params: Any, opt_state: Any) -> tuple[jax.Array, jax.Array]:
+    """Density and exploration degree R; 1 for dense training, R 1 for thresholds."""
+    one = jnp.ones((), jnp.float32)
+    if isinstance(params, soft_threshold.Thresholded):
+        return soft_threshold.density(params), one
+    if not find_states(opt_state):
+        return one, one
+    return dstee.density(opt_state), dstee.exploration_degree(opt_state)
 
 
 def first_masks(

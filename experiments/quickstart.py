@@ -3,8 +3,8 @@
     python -m experiments.quickstart
 
 About a minute on 2 CPU cores. Prints a table (test accuracy in percent, mean ± standard
-deviation over the seeds) and the path of a picture. `--record` appends the runs to
-results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of the 1,797 images train,
+deviation over the seeds) and the path of a picture. `--methods all` runs every method;
+`--record` appends the runs to results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of the 1,797 images train,
 20% are for validation (`--split validation`), 20% for the test.
 """
 
@@ -25,8 +25,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import dstee_jax as dstee
-from experiments import records
-from experiments.methods import METHODS, choice, first_masks, optimizer
+from dstee_jax import soft_threshold
+from dstee_jax.state import find_states
+from experiments import records, sis
+from experiments.methods import METHODS, choice, first_masks, measures, model_params, optimizer
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
@@ -34,9 +36,14 @@ STEPS = 2000
 EVAL_EVERY = 50
 SCORED = 100  # images that SNIP and GraSP see: 10 of each class
 LEARNING_RATE = 0.1
+WEIGHT_DECAY = 5e-4
 # The schedule of mask updates that won on the validation split at 98% (experiments/sweep.py),
 # the same for every method.
 SCHEDULE = {"every": 50, "drop_fraction": 0.5, "stop": 0.9}
+# STR's sparsity comes out of training: first threshold sigmoid(-5), and the weight decay that
+# ends near each sparsity here.
+THRESHOLD_START = -5.0
+THRESHOLD_DECAY = {0.9: 5.7e-3, 0.95: 8e-3, 0.98: 1.35e-2}
 
 
 class Result(NamedTuple):
@@ -100,8 +107,10 @@ def train(
     steps = STEPS if steps is None else steps
     x_train, y_train, x_eval, y_eval = load(split)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
+    trains = METHODS[method].trains
+    decay = WEIGHT_DECAY if trains != "thresholds" else options["threshold_decay"]
     inner = optax.chain(
-        optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True)
+        optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
 
     def make(key, masks=None):
@@ -109,69 +118,90 @@ def train(
             method, inner, sparsity=sparsity, total_steps=steps, key=key, masks=masks, **options
         )
 
+    def tx_of(key, opt_state):
+        """The optimizer whose state this is: its masks are given where they were chosen."""
+        if not find_states(opt_state):
+            return inner
+        given = METHODS[method].first_masks or trains == "pruned"
+        return make(key, dstee.get_state(opt_state).masks if given else None)
+
     def init(key):
         params = init_params(jax.random.fold_in(key, 0))
+        if trains == "thresholds":
+            params = soft_threshold.init(params, start=THRESHOLD_START)
+        if method == "dense" or trains != "masked":
+            return params, inner.init(params)
         some = jax.random.permutation(jax.random.fold_in(key, 2), len(x_train))[:SCORED]
         network = lambda params, x, training: forward(params, x)  # noqa: E731
         batch = (x_train[some], y_train[some])
         masks = first_masks(method, params, batch, sparsity, key, network=network)
         opt_state = make(jax.random.fold_in(key, 1), masks).init(params)
-        if method != "dense":
-            masks = dstee.get_state(opt_state).masks
-            params = dstee.rescale(params, masks) if rescale else params
-            params = dstee.apply_masks(params, masks)
-        return params, opt_state
+        masks = dstee.get_state(opt_state).masks
+        params = dstee.rescale(params, masks) if rescale else params
+        return dstee.apply_masks(params, masks), opt_state
+
+    def prune(params, opt_state, key):
+        params, masks = sis.sparsify_mlp(params, x_train, sparsity)
+        state = make(key, masks).init(params)
+        explored = jax.tree.map(jnp.ones_like, state.counters)  # all weights were active
+        return params, state._replace(counters=explored, inner_state=opt_state)
 
     def loss(params, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(forward(params, x), y).mean()
+        logits = forward(model_params(params), x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     def step(carry, t, key):
         params, opt_state = carry
         index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
         grads = jax.grad(loss)(params, x_train[index], y_train[index])
-        chosen = METHODS[method].first_masks and dstee.get_state(opt_state).masks
-        updates, opt_state = make(key, chosen).update(grads, opt_state, params)
+        updates, opt_state = tx_of(key, opt_state).update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
     def chunk(params, opt_state, first, key):
         body = lambda carry, t: step(carry, t, key)  # noqa: E731
         steps = first + jnp.arange(EVAL_EVERY)
         (params, opt_state), _ = jax.lax.scan(body, (params, opt_state), steps)
-        hits = forward(params, x_eval).argmax(-1) == y_eval
-        explored = dstee.exploration_degree(opt_state) if method != "dense" else jnp.float32(1)
-        return params, opt_state, 100 * hits.mean(), explored
+        hits = forward(model_params(params), x_eval).argmax(-1) == y_eval
+        density, explored = measures(params, opt_state)
+        return params, opt_state, (100 * hits.mean(), explored, density)
+
+    def over_seeds(fn, opt_state, **jit):
+        """jit and vmap of a function that takes and returns params and opt_state first.
+
+        The step counters stay unbatched, so that the mask update stays behind its lax.cond.
+        """
+        axes = dstee.seed_axes(opt_state)
+        return jax.jit(jax.vmap(fn, in_axes=(0, axes, None, 0), out_axes=(0, axes, 0)), **jit)
 
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    # The step counters stay unbatched, so that the mask update stays behind its lax.cond.
     axes = dstee.seed_axes(jax.eval_shape(init, keys[0])[1])
     params, opt_state = jax.jit(jax.vmap(init, out_axes=(0, axes)))(keys)
-    run = jax.jit(
-        jax.vmap(chunk, in_axes=(0, axes, None, 0), out_axes=(0, axes, 0, 0)), donate_argnums=(0, 1)
-    )
-    first_mask = _first_mask(method, opt_state)
+    run = over_seeds(chunk, opt_state, donate_argnums=(0, 1))
+    first_mask = _first_mask(opt_state)
     curves = []
     for first in range(0, steps, EVAL_EVERY):
-        params, opt_state, accuracy, explored = run(params, opt_state, first, keys)
-        curves.append((np.asarray(accuracy), np.asarray(explored)))
+        if trains == "pruned" and first >= sis.PRUNE_AT * steps > first - EVAL_EVERY:
+            one = jax.tree.map(lambda x: x[0], (params, opt_state))
+            axes = dstee.seed_axes(jax.eval_shape(prune, *one, keys[0])[1])
+            pruned = jax.vmap(prune, in_axes=(0, 0, 0), out_axes=(0, axes))
+            params, opt_state = jax.jit(pruned)(params, opt_state, keys)
+            run = over_seeds(chunk, opt_state, donate_argnums=(0, 1))
+        params, opt_state, curve = run(params, opt_state, first, keys)
+        curves.append(jax.device_get(curve))
         tick()
-    accuracy, explored = (np.stack(curve, axis=1) for curve in zip(*curves, strict=True))
-    density = np.ones(seeds)
-    if method != "dense":
-        per_seed = dstee.get_state(opt_state).masks
-        density = np.asarray(jax.vmap(lambda m: _density(m))(per_seed))
-    masks = [first_mask, _first_mask(method, opt_state)]
-    return Result(accuracy, explored, density, masks, time.perf_counter() - begin)
+    accuracy, explored, density = (np.stack(c, axis=1) for c in zip(*curves, strict=True))
+    masks = [first_mask, _first_mask(opt_state)]
+    return Result(accuracy, explored, density[:, -1], masks, time.perf_counter() - begin)
 
 
-def _density(masks: Any) -> jax.Array:
-    leaves = jax.tree.leaves(masks)
-    return sum(m.sum() for m in leaves) / sum(m.size for m in leaves)
+def _first_mask(opt_state: Any) -> np.ndarray:
+    """The first layer's mask of the first seed, ones without masks."""
+    states = find_states(opt_state)
+    return np.asarray(states[0].masks["layer_0"]["kernel"][0]) if states else np.ones(WIDTHS[:2])
 
 
-def _first_mask(method: str, opt_state: Any) -> np.ndarray:
-    if method == "dense":
-        return np.ones(WIDTHS[:2], bool)
-    return np.asarray(dstee.get_state(opt_state).masks["layer_0"]["kernel"][0])
+def _nearest(table: dict[float, float], sparsity: float) -> float:
+    return table[min(table, key=lambda known: abs(known - sparsity))]
 
 
 def picture(results: dict[tuple[str, float], Result], path: Path) -> None:
@@ -234,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--picture", type=Path, default=Path("runs/quickstart.png"))
     parser.add_argument("--rescale", action="store_true", help="sparse-aware initial scale")
-    parser.add_argument("--record", action="store_true", help="append to results/digits.jsonl")
+    parser.add_argument("--record", action="store_true", help="append the runs to --results")
+    parser.add_argument("--results", type=Path, default=records.RESULTS / "digits.jsonl")
     args = parser.parse_args(argv)
     if wrong := [s for s in args.sparsity if not 0 <= s < 1]:
         parser.error(f"--sparsity {wrong[0]} must be in [0, 1), as 0.95 for 5% of the weights.")
@@ -262,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
                 args.split,
                 rescale=args.rescale,
                 tick=tick,
+                threshold_decay=_nearest(THRESHOLD_DECAY, sparsity),
                 **SCHEDULE,
             )
 
@@ -297,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
                 "R": float(result.exploration[seed, -1]),
                 "seconds": round(result.seconds, 1),
             }
-            records.append(records.RESULTS / "digits.jsonl", record)
+            records.append(args.results, record)
     Console().print(table)
     picture(results, args.picture)
     print(f"picture: {args.picture}")
