@@ -31,6 +31,7 @@ class Round(NamedTuple):
     number: jax.Array  # int32, shape (): which round this is, from 1
     time: jax.Array  # float32, shape (): share of total_steps gone by
     is_last: jax.Array  # bool, shape (): whether no round follows
+    regrow: bool  # whether what is dropped in this round may be grown in it
     state: Any  # what the plan keeps, () if nothing
 
 
@@ -67,6 +68,12 @@ class Plan(NamedTuple):
             return [counts[i] for i in sparse]
 
         chosen = self.starts(only(targets), only(sizes), lambda s: only(spread(s)))
+        if sum(chosen) < sum(only(targets)):
+            raise ValueError(
+                f"the plan starts with {sum(chosen)} active weights, fewer than the "
+                f"{sum(only(targets))} that sparsity= asks for in the end: lower the initial "
+                "sparsity."
+            )
         first: list[int | None] = [None] * len(targets)
         for i, n in zip(sparse, chosen, strict=True):
             first[i] = n
@@ -206,10 +213,10 @@ def gradual(
             goals = [wanted(round_, *p) for p in zip(round_.starts, round_.targets, strict=True)]
             prune = [jnp.maximum(n - g, 0) for n, g in zip(active, goals, strict=True)]
             missing = [jnp.maximum(g - n, 0) for n, g in zip(active, goals, strict=True)]
-        swap = [
-            jnp.minimum(portion(round_.fraction, n - p), n - p)
-            for n, p in zip(active, prune, strict=True)
-        ]
+        swap = []
+        for leaf, n, p, m in zip(round_.leaves, active, prune, missing, strict=True):
+            free = leaf.mask.size - n - m + (n if round_.regrow else 0)
+            swap.append(jnp.minimum(portion(round_.fraction, n - p), jnp.minimum(n - p, free)))
         drops = [p + s for p, s in zip(prune, swap, strict=True)]
         return drops, [s + m for s, m in zip(swap, missing, strict=True)], round_.state
 

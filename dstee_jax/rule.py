@@ -114,6 +114,7 @@ def update_topology(
                 number=rounds.number(count),
                 time=count.astype(jnp.float32) / rounds.total_steps,
                 is_last=rounds.is_last(count),
+                regrow=rule.regrow,
                 state=plan_state,
             )
         )

@@ -4,8 +4,8 @@
 
 About a minute on 2 CPU cores. Prints a table (test accuracy in percent, mean ± standard
 deviation over the seeds) and the path of a picture. `--methods all` runs every method;
-`--record` appends the runs to results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of the 1,797 images train,
-20% are for validation (`--split validation`), 20% for the test.
+`--record` appends the runs to results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of
+the 1,797 images train, 20% are for validation (`--split validation`), 20% for the test.
 """
 
 import argparse

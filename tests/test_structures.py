@@ -1,0 +1,141 @@
+"""N:M, blocks and constant fan-in: hand-worked exchanges, and structure kept under any rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dstee_jax as dstee
+from dstee_jax import scores, structures
+
+KEY = jax.random.key(0)
+CASES = {
+    "2:4": (structures.n_m(2, 4), 0.5, dstee.uniform),
+    "1:8 of outputs": (structures.n_m(1, 8, axis=-1), 0.875, dstee.uniform),
+    "blocks": (structures.block((4, 2)), 0.8, dstee.erk),
+    "channels": (structures.block((3, 3, 8, 1)), 0.8, dstee.erk),
+    "fan-in": (structures.constant_fan_in(), 0.8, dstee.erk),
+}
+
+
+def has_structure(name, mask):
+    """The definitions, with loops."""
+    flat = mask.reshape(-1, *mask.shape[-2:])
+    if name == "2:4":
+        return all((flat[:, i : i + 4].sum(1) == 2).all() for i in range(0, flat.shape[1], 4))
+    if name == "1:8 of outputs":
+        return all((flat[..., i : i + 8].sum(-1) == 1).all() for i in range(0, flat.shape[2], 8))
+    if name == "blocks":
+        rows, columns = range(0, flat.shape[1], 4), range(0, flat.shape[2], 2)
+        parts = [flat[:, i : i + 4, j : j + 2] for i in rows for j in columns]
+        return all(p.all((1, 2)).tolist() == p.any((1, 2)).tolist() for p in parts)
+    if name == "channels":
+        return set(mask.sum((0, 1, 2)).tolist()) <= {0, mask[..., 0].size}
+    return len(set(mask.reshape(-1, mask.shape[-1]).sum(0).tolist())) == 1
+
+
+@pytest.mark.parametrize("grow", [scores.gradient(), scores.random(), scores.acquisition()])
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_structure_holds_while_weights_move(name, regrow, grow):
+    structure, sparsity, distribution = CASES[name]
+    params = {"conv": {"kernel": jax.random.normal(KEY, (3, 3, 8, 16))}}
+    tx = dstee.transform(
+        optax.sgd(0.1),
+        sparsity=sparsity,
+        distribution=distribution,
+        total_steps=40,
+        key=KEY,
+        every=4,
+        structure=structure,
+        grow=grow,
+        regrow=regrow,
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    first = np.asarray(state.masks["conv"]["kernel"])
+    for step in range(40):
+        grads = {"conv": {"kernel": jax.random.normal(jax.random.key(step), (3, 3, 8, 16))}}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        mask = np.asarray(state.masks["conv"]["kernel"])
+        assert has_structure(name, mask)
+        assert mask.sum() == first.sum()
+        assert not np.asarray(params["conv"]["kernel"])[~mask].any()
+    assert (mask != first).any()
+    assert structure.fits(mask)
+    assert not structure.fits(mask ^ (np.arange(mask.size).reshape(mask.shape) == 0))
+
+
+def exchange(structure, mask, drop, grow, k, regrow=False):
+    arrays = jnp.array(mask, bool), jnp.array(drop, float), jnp.array(grow, float)
+    return np.asarray(structure.exchange(*arrays, k, k, regrow, "auto")).astype(int).tolist()
+
+
+def test_one_exchange_by_hand():
+    column = np.vstack
+    # Two groups of 4 inputs for one output. Group 1 has the weakest active weight (0.1).
+    mask = column([1, 1, 0, 0, 1, 1, 0, 0])
+    drop = column([5, 3, 0, 0, 0.1, 2, 0, 0])
+    grow = column([9, 9, 7, 8, 9, 9, 1, 2])
+    two_four = structures.n_m(2, 4)
+    assert np.ravel(exchange(two_four, mask, drop, grow, 1)).tolist() == [1, 1, 0, 0, 0, 1, 0, 1]
+    assert np.ravel(exchange(two_four, mask, drop, grow, 5)).tolist() == [1, 0, 0, 1, 0, 1, 0, 1]
+    # With regrowth the weak weight comes back if its own grow score is the best: 9 against 2.
+    again = exchange(two_four, mask, drop, grow, 1, regrow=True)
+    assert np.ravel(again).tolist() == np.ravel(mask).tolist()
+
+    # Blocks of two inputs: sums 8 and 0.5 for dropping, 1 and 9 for growing.
+    mask, drop = column([1, 1, 0, 0, 1, 1, 0, 0]), column([5, 3, 0, 0, 0.1, 0.4, 0, 0])
+    grow = column([0, 0, 0.5, 0.5, 0, 0, 8, 1])
+    pairs = structures.block((2, 1))
+    assert np.ravel(exchange(pairs, mask, drop, grow, 2)).tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+
+    # Two units of fan-in 2 out of 3: each drops its own weakest and grows its own best.
+    mask = [[1, 0], [1, 1], [0, 1]]
+    drop, grow = [[1, 0], [2, 5], [0, 4]], [[0, 6], [0, 0], [3, 0]]
+    fan_in = structures.constant_fan_in()
+    assert exchange(fan_in, mask, drop, grow, 2) == [[0, 1], [1, 1], [1, 0]]
+
+
+PARAMS = {"kernel": jnp.ones((6, 8))}
+MAKE = dict(sparsity=0.5, total_steps=300, key=KEY, distribution=dstee.uniform)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: structures.n_m(4, 4), "4:4 is no N:M structure"),
+        (lambda: structures.block(()), r"block=\(\) must have sizes"),
+        (
+            lambda: dstee.transform(structure=structures.n_m(2, 4), **MAKE).init(PARAMS),
+            r"2:4 needs axis -2 of shape \(6, 8\) to be a multiple of 4",
+        ),
+        (
+            lambda: dstee.transform(
+                structure=structures.n_m(1, 2), **(MAKE | {"sparsity": 0.9})
+            ).init(PARAMS),
+            "1:2 keeps 24 weights .* pass sparsity=0.5 and distribution=dstee.uniform",
+        ),
+        (
+            lambda: dstee.transform(structure=structures.block((4, 4)), **MAKE).init(PARAMS),
+            r"blocks of \(4, 4\) do not divide the last axes of shape \(6, 8\)",
+        ),
+        (
+            lambda: dstee.methods.gmp(structure=structures.n_m(2, 4), **MAKE),
+            "structure= keeps the count of every leaf",
+        ),
+        (
+            lambda: dstee.transform(
+                masks={"kernel": jnp.eye(4, dtype=bool).at[0, 1].set(True)},
+                structure=structures.constant_fan_in(),
+                total_steps=300,
+                key=KEY,
+            ),
+            "the mask given for kernel does not have the structure",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
