@@ -5,13 +5,13 @@ scores and penalties see as `leaf.rule_state`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dstee_jax.selection import largest_of_all
-from dstee_jax.state import Leaf
+from dstee_jax.state import Leaf, PyTree, RuleState, is_dense, mask_leaves, replace_leaves
 
 
 class Memory(NamedTuple):
@@ -87,3 +87,37 @@ def admm(start: int, stop: int, every: int) -> Memory:
         return jax.lax.cond(due, project, lambda: leaf.rule_state)
 
     return Memory(lambda param, key: jnp.zeros((2, *param.shape), param.dtype), update)
+
+
+def first_rule_state(
+    memory: Memory | None, plan_state: Any, params: PyTree, masks: PyTree, key: jax.Array
+) -> Any:
+    """`()`, or the RuleState of a method that keeps something of its own."""
+    if memory is None:
+        return RuleState((), plan_state) if jax.tree.leaves(plan_state) else ()
+    leaves, treedef = jax.tree.flatten(params)
+    if not leaves:
+        return RuleState(params, plan_state)
+    kept = [
+        mask if is_dense(mask) else memory.init(jnp.asarray(leaf), jax.random.fold_in(key, i))
+        for i, (leaf, mask) in enumerate(zip(leaves, mask_leaves(masks, params), strict=True))
+    ]
+    return RuleState(jax.tree.unflatten(treedef, kept), plan_state)
+
+
+def recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree]:
+    """Each leaf's memory, () where there is none, and the plan's state."""
+    memory, plan_state = rule_state or ((), ())
+    if jax.tree.leaves(memory):
+        return mask_leaves(memory, params), plan_state
+    return [()] * len(jax.tree.leaves(params)), plan_state
+
+
+def remember(rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree) -> Any:
+    """`rule_state` with new memories and a new plan's state."""
+    if not rule_state:
+        return rule_state
+    memory = rule_state.memory
+    if jax.tree.leaves(memory):
+        memory = replace_leaves(memory, params, kept)
+    return RuleState(memory, plan_state)

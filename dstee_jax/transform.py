@@ -11,7 +11,7 @@ from dstee_jax import distributions, plans, scores
 from dstee_jax import masks as masks_lib
 from dstee_jax.distributions import Distribution
 from dstee_jax.masks import Sparsity, Where, kernels
-from dstee_jax.memory import Memory
+from dstee_jax.memory import Memory, first_rule_state, recall, remember
 from dstee_jax.moments import merge
 from dstee_jax.plans import Plan
 from dstee_jax.rule import Rule, update_topology
@@ -22,7 +22,6 @@ from dstee_jax.state import (
     Leaf,
     LeafWithoutGrad,
     PyTree,
-    RuleState,
     SparseState,
     check_key,
     copy_key,
@@ -219,7 +218,7 @@ def transform(
             key=copy_key(key),
             masks=first,
             counters=counters,
-            rule_state=_first_rule_state(rule, params, first, key),
+            rule_state=first_rule_state(memory, rule.plan.init(), params, first, key),
             inner_state=() if wrapped is None else wrapped.init(params),
         )
 
@@ -245,7 +244,7 @@ def transform(
         full = [stays and n == w.size for n, w in zip(targets, weights, strict=True)]
         old = [optax.MaskedNode() if f else m for f, m in zip(full, masks_now, strict=True)]
         count = optax.safe_increment(state.count)
-        kept, plan_state = _recall(state.rule_state, params)
+        kept, plan_state = recall(state.rule_state, params)
 
         def view(i: int, param: jax.Array) -> Leaf:
             return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
@@ -301,44 +300,11 @@ def transform(
             key=state.key,
             masks=replace_leaves(state.masks, params, new),
             counters=replace_leaves(state.counters, params, counters),
-            rule_state=_remember(state.rule_state, params, kept, plan_state),
+            rule_state=remember(state.rule_state, params, kept, plan_state),
             inner_state=inner_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _first_rule_state(rule: Rule, params: PyTree, masks: PyTree, key: jax.Array) -> Any:
-    """`()`, or the RuleState of a method that keeps something of its own."""
-    plan_state = rule.plan.init()
-    if rule.memory is None:
-        return RuleState((), plan_state) if jax.tree.leaves(plan_state) else ()
-    leaves, treedef = jax.tree.flatten(params)
-    if not leaves:
-        return RuleState(params, plan_state)
-    kept = [
-        mask if is_dense(mask) else rule.memory.init(jnp.asarray(leaf), jax.random.fold_in(key, i))
-        for i, (leaf, mask) in enumerate(zip(leaves, mask_leaves(masks, params), strict=True))
-    ]
-    return RuleState(jax.tree.unflatten(treedef, kept), plan_state)
-
-
-def _recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree]:
-    """Each leaf's memory, () where there is none, and the plan's state."""
-    memory, plan_state = rule_state or ((), ())
-    if jax.tree.leaves(memory):
-        return mask_leaves(memory, params), plan_state
-    return [()] * len(jax.tree.leaves(params)), plan_state
-
-
-def _remember(rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree) -> Any:
-    """`rule_state` with new memories and a new plan's state."""
-    if not rule_state:
-        return rule_state
-    memory = rule_state.memory
-    if jax.tree.leaves(memory):
-        memory = replace_leaves(memory, params, kept)
-    return RuleState(memory, plan_state)
 
 
 def _masked(mask: Any, x: jax.Array) -> jax.Array:

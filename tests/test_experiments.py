@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar, data, models, quickstart, records
+from experiments import cifar, data, models, quickstart, records, table1
+from experiments.methods import METHODS
 
 pytestmark = [
     # Raised inside tensorflow-datasets and orbax, by their own dependencies.
@@ -143,16 +144,21 @@ def cifar_args(data_dir, tmp_path, *extra):
     return cifar.parse([*command, f"--data_dir={data_dir}", f"--results={tmp_path}/r", *extra])
 
 
-@pytest.mark.parametrize("method", ["dense", "dst_ee"])
-def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, monkeypatch):
-    whole = cifar.run(cifar_args(data_dir, tmp_path, f"--method={method}"))
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    # SIS prunes after 2 of 3 epochs and after 4 of 6: stopped just before that, and after it.
+    [("dense", 3), ("dst_ee", 3), ("snfs", 3), ("str", 3), ("sis", 3), ("sis", 6)],
+)
+def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, epochs, monkeypatch):
+    options = [f"--method={method}", f"--epochs={epochs}"]
+    whole = cifar.run(cifar_args(data_dir, tmp_path, *options))
 
-    work = [f"--method={method}", f"--work_dir={tmp_path}/work"]
+    work = [*options, f"--work_dir={tmp_path}/work"]
     real, calls = cifar.Trainer.epoch, []
 
     def interrupted(self, *args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == epochs:
             raise KeyboardInterrupt
         return real(self, *args)
 
@@ -191,6 +197,44 @@ def test_command_appends_a_record_without_paths(data_dir, tmp_path, monkeypatch)
     assert first["command"] == "python -m experiments.cifar --seed 3"
     assert str(tmp_path) not in json.dumps(first)
     np.testing.assert_allclose(first["density"], 0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "sis"])
+def test_cifar_keeps_chosen_masks(data_dir, tmp_path, method):
+    record = cifar.run(cifar_args(data_dir, tmp_path, f"--method={method}", "--sparsity=0.9"))
+    np.testing.assert_allclose(record["density"], 0.1, atol=1e-4)
+    assert record["R"] == (1.0 if method == "sis" else round(record["density"], 4))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dense", "dst_ee")])
+def test_every_method_trains_on_the_digits(method):
+    result = quickstart.train(
+        method, 0.9, seeds=2, steps=200, threshold_decay=0.02, **quickstart.SCHEDULE
+    )
+    assert result.accuracy[:, -1].min() > (5 if method == "magnitude" else 60)
+    if method == "str":
+        assert (result.density < 0.9).all()
+    else:
+        np.testing.assert_allclose(result.density, 0.1, atol=2e-3)
+
+
+def test_table_1_marks_the_best_and_what_came_out():
+    def run(method, sparsity, seed, accuracy, density):
+        names = ("method", "sparsity", "seed", "accuracy", "density")
+        return dict(zip(names, (method, sparsity, seed, accuracy, density), strict=True))
+
+    runs = [
+        run("dense", 0.0, 0, 99.0, 1.0),
+        *[run("rigl", 0.95, s, 90.0 + s, 0.05) for s in (0, 1)],
+        *[run("str", 0.95, s, 80.0, 0.07) for s in (0, 1)],
+    ]
+    lines = table1.table(runs, table1.PAPER["vgg19", "cifar10"]).splitlines()
+    assert lines[0] == "| method | 95% | paper 95% |"
+    assert lines[2:] == [
+        "| dense | 99.00 | 93.85 ± 0.05 |",
+        "| str | 80.00 ± 0.00 (at 93.0%) | 93.27 |",
+        "| rigl | **90.50 ± 0.71** |  |",
+    ]
 
 
 def test_quickstart(tmp_path, capsys, monkeypatch):

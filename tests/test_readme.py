@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -20,3 +22,14 @@ def test_python_blocks_run(capsys):
     )
     assert updates["kernel"].shape == (784, 300)
     assert int(state.count) == 1
+
+
+def test_blocks_of_the_methods_page_run():
+    page = README.parent / "docs" / "methods.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+    params = {"kernel": jnp.ones((16, 8))}
+    assert int(namespace["two_in_four"].init(params).masks["kernel"].sum()) == 64
+    assert int(namespace["momentum_gmp"].init(params).masks["kernel"].sum()) == 64

@@ -1,0 +1,36 @@
+"""Methods by name: factories in the way of optax's aliases, made from the parts of `transform`.
+
+Each takes `inner` and the keyword arguments of `dstee.transform`, which override its own
+defaults, and returns the same kind of transformation.
+"""
+
+from dstee_jax.methods.exchange import (
+    deep_r,
+    dst_ee,
+    mest,
+    rigl,
+    rigl_itop,
+    set,
+    set_itop,
+    static,
+)
+from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
+from dstee_jax.methods.redistribute import dsr, snfs
+
+__all__ = [
+    "admm",
+    "deep_r",
+    "dsr",
+    "dst_ee",
+    "gap",
+    "gmp",
+    "granet",
+    "mest",
+    "mest_ems",
+    "rigl",
+    "rigl_itop",
+    "set",
+    "set_itop",
+    "snfs",
+    "static",
+]

@@ -1,0 +1,167 @@
+"""Methods that keep the count of every leaf: only which weights are active changes."""
+
+from typing import Any
+
+import optax
+
+from dstee_jax import memory, penalties, plans, scores
+from dstee_jax.methods._common import Inner, Options, Transform, itop
+from dstee_jax.transform import transform
+
+
+def static(inner: Inner = None, **options: Any) -> Transform:
+    """Static: the first mask, kept: random, or `masks=` from `dstee.at_init`. No rounds."""
+    defaults: Options = {"every": None}
+    return transform(inner, **defaults | options)
+
+
+def set(inner: Inner = None, **options: Any) -> Transform:
+    """SET: drop by magnitude, grow at random; just-dropped weights may come back.
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", 2018; as in Evci et al., 2020.
+
+    Deviations:
+      The original drops the smallest positive and the largest negative weights separately,
+      once an epoch (pass `every=steps_per_epoch`), at a constant 0.3 (pass
+      `drop_fraction=optax.constant_schedule(0.3)`, `stop=1.0`), and keeps the output dense.
+      This is the version that RigL compares with: magnitude, RigL's schedule.
+    """
+    defaults: Options = {"grow": scores.random(), "regrow": True}
+    return transform(inner, **defaults | options)
+
+
+def set_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
+    """SET in ITOP's setting: as `rigl_itop`, with random growth and `every` 1500.
+
+    References:
+      Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, Section 4.
+
+    Deviations:
+      As `rigl_itop`.
+    """
+    defaults = itop(total_steps) | {"grow": scores.random(), "every": 1500}
+    return transform(inner, **defaults | options)
+
+
+def rigl(inner: Inner = None, **options: Any) -> Transform:
+    """RigL: drop by magnitude, grow by absolute gradient; alpha 0.3, ΔT 100, stop at 0.75.
+
+    References:
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, Algorithm 1.
+
+    Deviations:
+      Ties in the drop score go to the lowest index; the authors' code breaks them by noise of
+      1e-5.
+    """
+    defaults: Options = {"grow": scores.gradient(), "regrow": True}
+    return transform(inner, **defaults | options)
+
+
+def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
+    """RigL in ITOP's setting: optimizer step first, rate 0.5 by cosine to 0.005, no early stop.
+
+    `every` is 4000 (CIFAR and ImageNet).
+
+    References:
+      Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, Section 4.
+
+    Deviations:
+      k is rounded down, theirs up; first masks have exact counts, theirs are Bernoulli draws.
+    """
+    defaults = itop(total_steps) | {"grow": scores.gradient(), "every": 4000}
+    return transform(inner, **defaults | options)
+
+
+def dst_ee(
+    inner: Inner = None,
+    *,
+    c: float = 1e-3,
+    eps: float = 1.0,
+    normalize: bool = False,
+    **options: Any,
+) -> Transform:
+    """DST-EE: grow by gradient plus exploration bonus; c, eps, normalize of the acquisition.
+
+    References:
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
+    """
+    return transform(inner, grow=scores.acquisition(c, eps, normalize=normalize), **options)
+
+
+def mest(
+    inner: Inner = None,
+    *,
+    total_steps: int,
+    gradient_weight: float = 1.0,
+    **options: Any,
+) -> Transform:
+    """MEST (EM): drop by |w| + lambda |g|, grow at random.
+
+    The drop fraction steps down: 0.3, then 0.15 and 0.075 after each third of the training.
+    `every` is 1950, five epochs of CIFAR at batch 128.
+
+    Args:
+      inner: the optimizer.
+      total_steps: number of calls of `update` in the whole training.
+      gradient_weight: lambda.
+      **options: of `dstee.transform`.
+
+    References:
+      Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the
+      Edge", 2021, Section 3.
+
+    Deviations:
+      Their mutation ratio is a share of all weights of a layer, ours of the active ones
+      (`plan=plans.exchange(of_all=True)` with a small `drop_fraction` is theirs). EM drops and
+      grows in one exchange, where theirs prunes below the target and grows back: the same
+      masks. lambda and the steps of the ratio could not be checked.
+    """
+    thirds = {max(total_steps // 3, 1): 0.5, max(2 * total_steps // 3, 2): 0.5}
+    defaults: Options = {
+        "total_steps": total_steps,
+        "drop": scores.magnitude_and_gradient(gradient_weight),
+        "grow": scores.random(),
+        "drop_fraction": optax.piecewise_constant_schedule(0.3, thirds),
+        "every": 1950,
+        "stop": 0.9,
+        "update_weights": True,
+    }
+    return transform(inner, **defaults | options)
+
+
+def deep_r(
+    inner: Inner = None, *, l1: float = 1e-5, noise: float = 1e-5, **options: Any
+) -> Transform:
+    """DeepR: on every step, drop the weights that crossed zero and grow as many at random.
+
+    Each connection keeps the sign of its initial value. The gradient of an active weight gets
+    `l1 * sign + noise * N(0, 1)` before it reaches `inner`, which in the paper is plain SGD.
+
+    Args:
+      inner: the optimizer; required, since the l1 term and the noise pass through it.
+      l1: coefficient of the l1 term.
+      noise: standard deviation of the noise, in units of the gradient.
+      **options: of `dstee.transform`.
+
+    References:
+      Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018, Algorithm 1.
+
+    Deviations:
+      A new connection starts at 0 and is dropped below 0, where theirs starts at 1e-12 and is
+      dropped at 0 or below; one dropped in a step can't come back in the same step. Theirs
+      keeps one total for the network, ours one for each leaf. Whether 1e-5 is the variance or
+      the standard deviation of the noise could not be checked: here the latter.
+    """
+    defaults: Options = {
+        "plan": plans.below_zero(),
+        "memory": memory.signs(),
+        "penalty": penalties.l1_with_noise(l1, noise),
+        "drop": scores.along_sign(),
+        "grow": scores.random(),
+        "every": 1,
+        "stop": 1.0,
+        "update_weights": True,
+    }
+    return transform(inner, **defaults | options)

@@ -1,0 +1,78 @@
+"""Methods that keep the total, and move counts between the leaves."""
+
+from typing import Any
+
+import optax
+
+from dstee_jax import memory, plans, scores
+from dstee_jax.methods._common import Inner, Options, Transform, half_to_nearly_none
+from dstee_jax.transform import transform
+
+
+def snfs(inner: Inner = None, *, total_steps: int, decay: float = 0.9, **options: Any) -> Transform:
+    """SNFS (sparse momentum): grow by dense momentum, in the layers where it is largest.
+
+    Drops by magnitude in each leaf, at a rate from 0.5 by cosine to 0.005. A leaf's share of
+    the regrowth is the mean |momentum| of its active weights. `every` is 390, an epoch of
+    CIFAR at batch 128: pass your own number of steps in an epoch.
+
+    Args:
+      inner: the optimizer.
+      total_steps: number of calls of `update` in the whole training.
+      decay: of the dense momentum, which `transform` keeps itself.
+      **options: of `dstee.transform`.
+
+    References:
+      Dettmers and Zettlemoyer, "Sparse Networks from Scratch: Faster Training without Losing
+      Performance", 2019, Algorithm 1.
+
+    Deviations:
+      The momentum is the heavy-ball one of the dense gradient, whatever `inner` is (theirs
+      reads the optimizer's, and for Adam m / (sqrt(v) + 1e-8)).
+    """
+    defaults: Options = {
+        "total_steps": total_steps,
+        "plan": plans.redistribute(scores.momentum()),
+        "memory": memory.dense_momentum(decay),
+        "grow": scores.momentum(),
+        "drop_fraction": half_to_nearly_none(total_steps),
+        "every": 390,
+        "stop": 1.0,
+        "update_weights": True,
+    }
+    return transform(inner, **defaults | options)
+
+
+def dsr(
+    inner: Inner = None, *, total_steps: int, threshold: float = 1e-3, **options: Any
+) -> Transform:
+    """DSR: drop below one adaptive threshold for all layers, grow at random where weights survive.
+
+    The threshold doubles or halves to keep the dropped number near the drop fraction, 0.1 of
+    the active weights. Rounds come every 100 steps at first, and half as often after each
+    quarter of the training; they stop at 0.95.
+
+    Args:
+      inner: the optimizer.
+      total_steps: number of calls of `update` in the whole training.
+      threshold: the first one.
+      **options: of `dstee.transform`; pass `every` for another length of training.
+
+    References:
+      Mostafa and Wang, "Parameter Efficient Training of Deep Convolutional Neural Networks by
+      Dynamic Sparse Reparameterization", 2019, Algorithm 1.
+
+    Deviations:
+      The authors give the wanted number of drops by network; the fraction 0.1 and the steps at
+      which the period doubles are ours.
+    """
+    defaults: Options = {
+        "total_steps": total_steps,
+        "plan": plans.adaptive_threshold(threshold),
+        "grow": scores.random(),
+        "drop_fraction": optax.constant_schedule(0.1),
+        "every": lambda step: 100 * 2 ** min(4 * step // max(total_steps, 1), 3),
+        "stop": 0.95,
+        "update_weights": True,
+    }
+    return transform(inner, **defaults | options)
