@@ -43,9 +43,9 @@ def init(params: PyTree, *, start: float = -5.0, where: Where = kernels) -> Thre
 
     Example:
       >>> import jax.numpy as jnp
-      >>> params = init({"kernel": jnp.array([[0.5, -0.1], [0.01, -0.7]])}, start=-1.3863)
-      >>> apply(params)["kernel"].round(2).tolist()  # the threshold is 0.2
-      [[0.30000001192092896, -0.0], [0.0, -0.5]]
+      >>> params = init({"kernel": jnp.array([[1.5, -0.25], [0.25, -2.0]])}, start=0.0)
+      >>> apply(params)["kernel"].tolist()  # the threshold is sigmoid(0) = 0.5
+      [[1.0, -0.0], [0.0, -1.5]]
 
     References:
       Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity", 2020,

@@ -98,8 +98,7 @@ def test_deep_r():
             walk = np.asarray(jax.random.normal(draw(t, name, 2), w.shape))
             theta = sign * (w - lr * (g + l1 * sign + noise * walk))
             dead = mask & (theta < 0)
-            grown = swap(mask & ~dead, theta, random_score(t, name, w.shape), 0, dead.sum())
-            # What died in this step can't come back in it: the oracle's free places shrink.
+            # What died in this step can't come back in it.
             free = np.where(mask, -1.0, random_score(t, name, w.shape))
             grown = swap(mask & ~dead, theta, free, 0, dead.sum())
             np.testing.assert_array_equal(kernel(new.masks, name), grown)
