@@ -14,7 +14,13 @@ from dstee_jax import (
 )
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.masks import apply_masks, init_masks, kernels
-from dstee_jax.metrics import density, exploitation_degree, exploration_degree, summary
+from dstee_jax.metrics import (
+    density,
+    empty_units,
+    exploitation_degree,
+    exploration_degree,
+    summary,
+)
 from dstee_jax.rescale import rescale
 from dstee_jax.selection import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
@@ -30,6 +36,7 @@ __all__ = [
     "density",
     "distributions",
     "drop_and_grow",
+    "empty_units",
     "erk",
     "exploitation_degree",
     "exploration_degree",

@@ -65,8 +65,20 @@ def exploitation_degree(
     return loss_fn(params) - loss_fn(jax.tree.map(jnp.add, params, grown))
 
 
+def empty_units(mask: jax.Array) -> jax.Array:
+    """Number of output units (last axis) without any active weight; int32, shape ().
+
+    Such a unit computes a constant. Growth by gradient, which fills few units, and dropping by
+    magnitude can empty many; `structures.constant_fan_in()` keeps all of them fed.
+
+    Args:
+      mask: bool array of 1 dimension or more.
+    """
+    return jnp.sum(~jnp.any(mask, axis=tuple(range(mask.ndim - 1))), dtype=jnp.int32)
+
+
 def summary(opt_state: PyTree) -> str:
-    """A table by leaf: shape, weights, active, explored, and share of all active weights.
+    """A table by leaf: shape, weights, active, explored, empty output units, share of active.
 
     Args:
       opt_state: a `SparseState`, or an optax state with one in it; concrete, not traced.
@@ -78,22 +90,24 @@ def summary(opt_state: PyTree) -> str:
     masks = leaves_with_path(state.masks)
     counters = [counter for _, counter in leaves_with_path(state.counters)]
     rows: list[tuple[Any, ...]] = []
-    total = [0, 0, 0]
+    total = [0, 0, 0, 0, 0]
     for (path, mask), counter in zip(masks, counters, strict=True):
         if is_dense(mask):
             continue
         numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
+        numbers += [int(empty_units(mask)), mask.shape[-1] if mask.ndim else 1]
         total = [a + b for a, b in zip(total, numbers, strict=True)]
         rows.append((path_name(path), "×".join(map(str, mask.shape)), *numbers))
     rows.append(("total", "", *total))
     width = max(len("leaf"), *(len(row[0]) for row in rows))
     across = max(len("shape"), *(len(row[1]) for row in rows))
     head = f"{'leaf':<{width}}  {'shape':>{across}} {'weights':>12} {'active':>20} {'explored':>20}"
-    lines = [f"{head} {'share':>7}"]
-    for name, shape, weights, active, explored in rows:
+    lines = [f"{head} {'empty units':>13} {'share':>7}"]
+    for name, shape, weights, active, explored, empty, units in rows:
         lines.append(
             f"{name:<{width}}  {shape:>{across}} {weights:>12,} {_part(active, weights)} "
-            f"{_part(explored, weights)} {active / max(total[1], 1):>7.1%}"
+            f"{_part(explored, weights)} {f'{empty:,}/{units:,}':>13} "
+            f"{active / max(total[1], 1):>7.1%}"
         )
     return "\n".join(lines)
 

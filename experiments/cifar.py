@@ -28,7 +28,15 @@ import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
 from experiments import data, records, sis
-from experiments.methods import METHODS, choice, first_masks, measures, model_params, optimizer
+from experiments.methods import (
+    METHODS,
+    STRUCTURES,
+    choice,
+    first_masks,
+    measures,
+    model_params,
+    optimizer,
+)
 from experiments.models import MODELS, count_weights
 
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
@@ -86,7 +94,7 @@ class Trainer:
             optax.add_decayed_weights(args.weight_decay),
             optax.sgd(schedule, momentum=0.9, nesterov=True),
         )
-        names = ("every", "start", "stop", "drop_fraction", "c", "eps")
+        names = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure")
         options = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
         self._make = functools.partial(
             optimizer,
@@ -248,8 +256,10 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
         if store:
             store.save(epoch + 1, state, history)
 
+    if find_states(state.opt_state):
+        print_(dstee.summary(state.opt_state))
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
-    options = ("every", "start", "stop", "drop_fraction", "c", "eps", "rescale")
+    options = ("every", "start", "stop", "drop_fraction", "c", "eps", "rescale", "structure")
     decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
     return {
         **{name: getattr(args, name) for name in named},
@@ -328,6 +338,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop_fraction", type=float)
     add("--c", type=float, help="exploration coefficient of dst_ee")
     add("--eps", type=float)
+    add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
     add("--rescale", action="store_true", help="sparse-aware initial scale")
     add("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
     add("--split", choices=["test", "validation"], default="test")

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 
 import dstee_jax as dstee
-from dstee_jax import at_init, methods, soft_threshold
+from dstee_jax import at_init, methods, soft_threshold, structures
 from dstee_jax.state import find_states
 
-_SCHEDULE = ("every", "start", "stop", "drop_fraction")
+_SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure")
+STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
 
 
 class Method(NamedTuple):
@@ -36,7 +37,7 @@ class Method(NamedTuple):
 METHODS = {
     "dense": Method(None),
     # one mask, chosen before training
-    "static": Method(methods.static),
+    "static": Method(methods.static, ("structure",)),
     "magnitude": Method(methods.static, first_masks=at_init.magnitude),
     "snip": Method(methods.static, first_masks=at_init.snip),
     "grasp": Method(methods.static, first_masks=at_init.grasp),
@@ -92,6 +93,8 @@ def optimizer(
     if factory is None:
         return inner
     options = {name: value for name, value in options.items() if name in names}
+    if options.get("structure"):
+        options["structure"] = STRUCTURES[options["structure"]]
     if masks is None:
         options["sparsity"] = sparsity
     return factory(inner, total_steps=total_steps, key=key, masks=masks, **options)

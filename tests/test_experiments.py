@@ -199,6 +199,13 @@ def test_command_appends_a_record_without_paths(data_dir, tmp_path, monkeypatch)
     np.testing.assert_allclose(first["density"], 0.05, atol=1e-3)
 
 
+def test_structure_option(data_dir, tmp_path):
+    options = ["--method=rigl", "--structure=constant_fan_in", "--sparsity=0.9"]
+    record = cifar.run(cifar_args(data_dir, tmp_path, *options))
+    assert record["options"]["structure"] == "constant_fan_in"
+    np.testing.assert_allclose(record["density"], 0.1, atol=0.01)  # whole weights a unit
+
+
 def test_switched_off_blocks_get_a_score():
     params = {"norm": {"scale": jnp.zeros(3), "bias": jnp.zeros(3)}, "scale": jnp.full(2, 0.5)}
     on = cifar._switched_on(params)
