@@ -224,7 +224,7 @@ def test_cifar_keeps_chosen_masks(data_dir, tmp_path, method):
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dense", "dst_ee")])
 def test_every_method_trains_on_the_digits(method):
     result = quickstart.train(
-        method, 0.9, seeds=2, steps=100, threshold_decay=0.02, **quickstart.SCHEDULE
+        method, 0.9, seeds=2, steps=200, threshold_decay=0.02, **quickstart.SCHEDULE
     )
     assert result.accuracy[:, -1].min() > (5 if method == "magnitude" else 40)
     if method == "str":
