@@ -47,7 +47,7 @@ def provenance() -> dict[str, Any]:
 
 def _is_path(argv: list[str], i: int) -> bool:
     """Whether an argument is, or introduces, a directory of this machine."""
-    paths = ("--data_dir", "--work_dir", "--results")
+    paths = ("--data_dir", "--work_dir", "--results", "--picture")
     return argv[i].startswith(paths) or (i > 0 and argv[i - 1] in paths)
 
 
