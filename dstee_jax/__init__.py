@@ -13,6 +13,7 @@ from dstee_jax import (
     structures,
 )
 from dstee_jax.distributions import erk, uniform
+from dstee_jax.flops import Flops, flops, training_flops
 from dstee_jax.masks import apply_masks, init_masks, kernels
 from dstee_jax.metrics import (
     density,
@@ -29,6 +30,7 @@ from dstee_jax.transform import transform
 __version__ = "0.1.0"
 
 __all__ = [
+    "Flops",
     "Leaf",
     "SparseState",
     "apply_masks",
@@ -40,6 +42,7 @@ __all__ = [
     "erk",
     "exploitation_degree",
     "exploration_degree",
+    "flops",
     "get_state",
     "inclusion",
     "init_masks",
@@ -54,6 +57,7 @@ __all__ = [
     "soft_threshold",
     "structures",
     "summary",
+    "training_flops",
     "transform",
     "uniform",
 ]

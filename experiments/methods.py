@@ -83,11 +83,13 @@ def optimizer(
     total_steps: int,
     key: jax.Array,
     masks: Any = None,
+    selection: str = "auto",
     **options: Any,
 ) -> optax.GradientTransformation:
     """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
 
-    Options that the method does not have are left out. `masks` are those of `first_masks`.
+    Options that the method does not have are left out. `masks` are those of `first_masks`;
+    `selection` is `dstee.transform`'s.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
@@ -97,7 +99,9 @@ def optimizer(
         options["structure"] = STRUCTURES[options["structure"]]
     if masks is None:
         options["sparsity"] = sparsity
-    return factory(inner, total_steps=total_steps, key=key, masks=masks, **options)
+    return factory(
+        inner, total_steps=total_steps, key=key, masks=masks, selection=selection, **options
+    )
 
 
 def model_params(params: Any) -> Any:

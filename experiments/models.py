@@ -1,4 +1,4 @@
-"""Convolutional networks in Flax NNX: VGG-19, ResNet-50 and a small one, for 32-pixel images."""
+"""Convolutional networks in Flax NNX: VGG-19, ResNet-50 and a small one."""
 
 import functools
 from collections.abc import Callable
@@ -77,10 +77,16 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet50(nnx.Module):
-    """ResNet-50 for 32-pixel images: a 3 by 3 stem without pooling, [3, 4, 6, 3] bottlenecks."""
+    """ResNet-50 v1.5: [3, 4, 6, 3] bottlenecks.
 
-    def __init__(self, classes, *, dtype, rngs):
-        self.stem = ConvNorm(3, 64, dtype=dtype, rngs=rngs)
+    The stem of large images is a 7 by 7 convolution of stride 2 and a 3 by 3 max pool of stride
+    2; that of 32-pixel images (`large=False`) a 3 by 3 convolution.
+    """
+
+    def __init__(self, classes, *, large=False, dtype, rngs):
+        stem = {"kernel": 7, "stride": 2} if large else {}
+        self.stem = ConvNorm(3, 64, **stem, dtype=dtype, rngs=rngs)
+        self.large = large
         blocks, inputs = [], 64
         for count, width, stride in [(3, 64, 1), (4, 128, 2), (6, 256, 2), (3, 512, 2)]:
             for i in range(count):
@@ -92,6 +98,8 @@ class ResNet50(nnx.Module):
 
     def __call__(self, x):
         x = self.stem(x)
+        if self.large:
+            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean((1, 2)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar, data, models, quickstart, records, table1
+from experiments import cifar, data, learner, models, quickstart, records, table1
 from experiments.methods import METHODS
 
 pytestmark = [
@@ -208,7 +208,7 @@ def test_structure_option(data_dir, tmp_path):
 
 def test_switched_off_blocks_get_a_score():
     params = {"norm": {"scale": jnp.zeros(3), "bias": jnp.zeros(3)}, "scale": jnp.full(2, 0.5)}
-    on = cifar._switched_on(params)
+    on = learner.switched_on(params)
     assert on["norm"]["scale"].tolist() == [1, 1, 1]
     assert on["norm"]["bias"].tolist() == [0, 0, 0]
     assert on["scale"].tolist() == [0.5, 0.5]

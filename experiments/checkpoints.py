@@ -1,0 +1,60 @@
+"""Orbax checkpoints of a run, with notes as JSON, and TensorBoard events, in one directory."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The last two checkpoints of a run.
+
+    A checkpoint is renamed into place when it is complete: a process that is killed while it
+    writes leaves the one before as the last.
+    """
+
+    def __init__(self, directory: Path, *, keep: bool):
+        """Open a directory; without `keep`, what an earlier run left in it is removed."""
+        path = directory.resolve() / "checkpoints"
+        if not keep and path.exists() and jax.process_index() == 0:
+            shutil.rmtree(path)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(path, options=options, item_names=("state", "notes"))
+
+    def latest(self) -> int | None:
+        """The step of the last checkpoint, None without one."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, notes: Any) -> None:
+        """Save a pytree of arrays and, beside it, what JSON holds; done when it returns."""
+        save = ocp.args
+        self.manager.save(
+            step, args=save.Composite(state=save.StandardSave(state), notes=save.JsonSave(notes))
+        )
+
+    def restore(self, like: Any) -> tuple[Any, Any]:
+        """The last state, with shapes, dtypes and shardings of `like` (arrays or shapes), and notes."""
+        load = ocp.args
+        items = load.Composite(state=load.StandardRestore(like), notes=load.JsonRestore())
+        loaded = self.manager.restore(self.latest(), args=items)
+        return loaded["state"], loaded["notes"]
+
+
+class Events:
+    """TensorBoard events of a run; writes on the first process alone."""
+
+    def __init__(self, directory: Path):
+        from tensorboardX import SummaryWriter
+
+        first = jax.process_index() == 0
+        self.writer = SummaryWriter(str(directory / "events")) if first else None
+
+    def add(self, step: int, **values: float) -> None:
+        """Add one value for each name, at a step."""
+        if self.writer is None:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
