@@ -21,7 +21,8 @@ class Checkpoints:
         if not keep and path.exists() and jax.process_index() == 0:
             shutil.rmtree(path)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        self.manager = ocp.CheckpointManager(path, options=options, item_names=("state", "notes"))
+        handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The step of the last checkpoint, None without one."""
@@ -35,11 +36,18 @@ class Checkpoints:
         )
 
     def restore(self, like: Any) -> tuple[Any, Any]:
-        """The last state, with shapes, dtypes and shardings of `like` (arrays or shapes), and notes."""
+        """The last state, as `like` in shapes, dtypes and shardings, and its notes."""
         load = ocp.args
         items = load.Composite(state=load.StandardRestore(like), notes=load.JsonRestore())
         loaded = self.manager.restore(self.latest(), args=items)
         return loaded["state"], loaded["notes"]
+
+    def restore_plain(self) -> dict[str, Any]:
+        """The last state as nested dicts of arrays on one device, whatever devices saved it."""
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self.manager.item_metadata(self.latest())["state"]
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
+        return self.restore(like)[0]
 
 
 class Events:

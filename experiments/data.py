@@ -52,9 +52,9 @@ def load_splits(dataset: str, data_dir: str | Path, validation: bool) -> tuple[A
     return (images[train], labels[train]), (images[held_out], labels[held_out])
 
 
-def normalise(images: jax.Array, dtype=jnp.float32) -> jax.Array:
+def normalise(images: jax.Array, dtype=jnp.float32, mean=MEAN, sd=SD) -> jax.Array:
     """uint8 images to zero mean and unit variance per channel."""
-    return ((images.astype(jnp.float32) / 255 - MEAN) / SD).astype(dtype)
+    return ((images.astype(jnp.float32) / 255 - mean) / sd).astype(dtype)
 
 
 def augment(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:

@@ -1,6 +1,5 @@
 """The experiments, on a tiny CIFAR written to disk in the real format, and the real digits."""
 
-import io
 import json
 
 import jax
@@ -11,6 +10,7 @@ from PIL import Image
 
 from experiments import cifar, data, learner, models, quickstart, records, table1
 from experiments.methods import METHODS
+from tests.tiny_datasets import write_cifar
 
 pytestmark = [
     # Raised inside tensorflow-datasets and orbax, by their own dependencies.
@@ -19,42 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("default::ResourceWarning"),
     pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    file.seek(0)
-    return file
-
-
-def write_cifar(directory, name, classes, sizes):
-    """A TFDS dataset in array_record form, made without TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(num_classes=classes),
-        }
-    )
-    path = directory / name / "3.0.2"
-    path.mkdir(parents=True)
-    identity = tfds.core.DatasetIdentity(
-        name=name, version=tfds.core.Version("3.0.2"), data_dir=str(path), module_name=__name__
-    )
-    writer = tfds.core.SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features),
-        max_examples_per_shard=1000,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
-    writer.initialize_splits(list(sizes))
-    rng = np.random.default_rng(0)
-    for split, size in sizes.items():
-        pixels = rng.integers(0, 255, (size, 32, 32, 3), dtype=np.uint8)
-        examples = [{"image": png(p), "label": i % classes} for i, p in enumerate(pixels)]
-        writer.add_examples({split: examples})
-    writer.close_all()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,399 @@
+"""ResNet-50 on ImageNet by the protocol of the paper, on one GPU machine or a pod.
+
+    python -m experiments.imagenet --method dst_ee --sparsity 0.9 --data_dir DIR --work_dir RUN \\
+        --batch 1024 --bf16
+
+ResNet-50 v1.5, 100 epochs, SGD with Nesterov momentum 0.9, learning rate 0.1 for each 128 images
+of the batch with 5 epochs of warm-up and a cosine to zero, weight decay 1e-4, label smoothing
+0.1. Data-parallel over all devices of all processes; `--shard_params` shards parameters, masks,
+counters and moments too. docs/imagenet.md says how to start it on several machines.
+
+The same command, started again, goes on from the last checkpoint in `--work_dir`, bit for bit.
+SIGTERM saves and leaves.
+"""
+
+import argparse
+import functools
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from experiments import data, records, sis
+from experiments import imagenet_input as images
+from experiments.checkpoints import Checkpoints, Events
+from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
+from experiments.methods import METHODS, choice, measures
+from experiments.models import ResNet50, Small, count_weights
+
+CLASSES = 1000
+# Mean and standard deviation of the channels of ImageNet's training images, in units of 255.
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+SD = np.array([0.229, 0.224, 0.225], np.float32)
+MODELS = {"resnet50": functools.partial(ResNet50, large=True), "small": Small}
+SCORED = 512  # images that SNIP and GraSP see
+PRUNED_FROM = 32  # images that SIS fits layers to
+
+
+class Programs(NamedTuple):
+    """The compiled functions of a run, for one structure of its state."""
+
+    shardings: TrainState
+    step: Any  # (state, images, labels) -> (state, loss)
+    hits: Any  # (state, images, labels) -> correct ones
+    measures: Any  # (params, opt_state) -> density, R
+
+
+def sharding_of(mesh: Mesh, shape: tuple[int, ...], shard: bool) -> NamedSharding:
+    """Replicated, or split along the longest axis that the devices divide.
+
+    Masks, counters and moments have their parameter's shape, and so its sharding.
+    """
+    able = [axis for axis, n in enumerate(shape) if n % mesh.size == 0 and n > 0]
+    if not shard or not able:
+        return NamedSharding(mesh, P())
+    longest = max(able, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, P(*[None] * longest, "data"))
+
+
+def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Programs:
+    """Jit the run's functions for a state (or its shapes)."""
+    shardings = jax.tree.map(lambda leaf: sharding_of(mesh, leaf.shape, shard), state)
+    batch, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    def normalised(x):
+        return data.normalise(x, learner.dtype, MEAN, SD)
+
+    jit = functools.partial(jax.jit, in_shardings=(shardings, batch, batch))
+    return Programs(
+        shardings,
+        jit(
+            lambda state, x, y: learner.step(state, normalised(x), y),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+        jit(lambda state, x, y: learner.hits(state, normalised(x), y), out_shardings=whole),
+        jax.jit(measures, out_shardings=whole),
+    )
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Images and labels of this process as parts of arrays over all devices."""
+    sharding = NamedSharding(mesh, P("data"))
+    make = jax.make_array_from_process_local_data
+    return make(sharding, batch["image"]), make(sharding, batch["label"])
+
+
+class Preemption:
+    """Whether somebody asked this run to end with SIGTERM; all processes agree on the step."""
+
+    def __init__(self):
+        self._asked = threading.Event()
+        if jax.process_count() == 1:  # with more, the coordination service has the signal
+            signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() == 1:
+            return self._asked.is_set()
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def check_finite(losses: list[jax.Array], step: int) -> np.ndarray:
+    """The losses of the steps up to `step`, as numbers.
+
+    Raises:
+      FloatingPointError: one is not finite; names its step.
+    """
+    values = np.asarray([float(loss) for loss in losses])
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        at = step - len(values) + int(bad[0]) + 1
+        raise FloatingPointError(
+            f"the loss is {values[bad[0]]} at step {at}: lower --learning_rate, raise "
+            "--warmup_epochs, or leave --bf16 out. The last checkpoint is from before it."
+        )
+    return values
+
+
+def evaluate(
+    programs: Programs, state: TrainState, examples: Any, args: argparse.Namespace, mesh: Mesh
+) -> float:
+    """Accuracy in percent; every example counts once, whatever the batch."""
+    batches = images.validation_batches(
+        examples,
+        batch=args.batch,
+        size=args.image_size,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        workers=args.workers,
+    )
+    hits = sum(programs.hits(state, *global_batch(batch, mesh)) for batch in batches)
+    batches.close()
+    return 100 * int(hits) / len(examples)
+
+
+def fake_batches(args: argparse.Namespace) -> Iterator[dict[str, np.ndarray]]:
+    """One random batch again and again: what the devices could do, if input cost nothing."""
+    rng, n = np.random.default_rng(0), args.batch // jax.process_count()
+    x = rng.integers(0, 256, (n, args.image_size, args.image_size, 3), dtype=np.uint8)
+    batch = {"image": x, "label": rng.integers(0, CLASSES, n, dtype=np.int32)}
+    while True:
+        yield batch
+
+
+def some_images(examples: Any, args: argparse.Namespace, count: int) -> Any:
+    """`count` augmented training images, normalised, and labels: the same on each process."""
+    batches = images.train_batches(
+        examples, batch=count, size=args.image_size, seed=args.seed + 1, workers=0
+    )
+    batch = next(batches)
+    batches.close()
+    return data.normalise(jnp.asarray(batch["image"]), jnp.float32, MEAN, SD), batch["label"]
+
+
+class Log:
+    """Lines on the console, JSON lines and TensorBoard events; on the first process alone."""
+
+    def __init__(self, args: argparse.Namespace, first_step: int):
+        self.on = jax.process_index() == 0
+        self.print = Console(quiet=args.quiet or not self.on).print
+        self.events = Events(args.work_dir)
+        self.path = args.work_dir / "metrics.jsonl"
+        if self.on and self.path.exists():  # what a run wrote after its last checkpoint
+            rows = [row for row in records.read(self.path) if row["step"] <= first_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, step: int, **values: float) -> None:
+        self.events.add(step, **values)
+        if self.on:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, evaluate, and return the record; None if SIGTERM came first, or nothing was left."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    check_batch(args, mesh)
+    train = None if args.fake_data else images.source("train", args.data_dir)
+    held_out = None if args.fake_data else images.source("validation", args.data_dir)
+    per_epoch = (1_281_167 if train is None else len(train)) // args.batch
+    if per_epoch < 1:
+        raise SystemExit(f"error: --batch {args.batch} is more than all {len(train)} images.")
+    total = args.steps or per_epoch * args.epochs
+    warmup = min(round(args.warmup_epochs * per_epoch), total // 2)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate * args.batch / 128, warmup, total
+    )
+    inner = optax.chain(
+        optax.add_decayed_weights(args.weight_decay),
+        optax.sgd(schedule, momentum=0.9, nesterov=True),
+    )
+    chooses = METHODS[args.method].first_masks is not None
+    learner = Learner(
+        functools.partial(MODELS[args.model], CLASSES),
+        inner,
+        args,
+        total_steps=total,
+        seed=args.seed,
+        label_smoothing=args.label_smoothing,
+        scored=some_images(train, args, min(SCORED, len(train))) if chooses else None,
+        selection="bisection" if args.shard_params else "auto",
+    )
+    programs = compile_for(learner, jax.eval_shape(learner.init), mesh, args.shard_params)
+    state = jax.jit(learner.init, out_shardings=programs.shardings)()
+
+    def pruned(state: TrainState) -> tuple[Programs, TrainState]:
+        local = jax.tree.map(lambda x: jnp.asarray(x.addressable_data(0)), state)
+        local = learner.prune(local, some_images(train, args, min(PRUNED_FROM, len(train)))[0])
+        programs = compile_for(learner, local, mesh, args.shard_params)
+        return programs, jax.device_put(local, programs.shardings)
+
+    prune_at = round(sis.PRUNE_AT * total) if learner.trains == "pruned" else None
+    batches = (
+        fake_batches(args)
+        if train is None
+        else images.train_batches(
+            train,
+            batch=args.batch,
+            size=args.image_size,
+            seed=args.seed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+            workers=args.workers,
+        )
+    )
+    check_same_command(args)
+    store = Checkpoints(args.work_dir, keep=True)
+    first = store.latest() or 0
+    if first:
+        if prune_at is not None and first > prune_at:
+            programs, state = pruned(state)  # for its shapes
+        state, notes = store.restore(state)
+        if train is not None:
+            batches.set_state(notes["input"])
+    log = Log(args, first)
+    if first >= total:
+        log.print(f"the run in --work_dir is complete: {first:,} of {total:,} steps.")
+        return None
+    log.print(
+        f"{args.model}: {count_weights(state.params):,} weights, {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, {total:,} steps of {args.batch} images"
+        + (f", from step {first:,}" if first else "")
+    )
+
+    def save(step: int, losses: list[jax.Array]) -> None:
+        check_finite(losses, step)
+        if step != store.latest():
+            store.save(step, state, {"input": None if train is None else batches.get_state()})
+
+    preempted, losses, begin, accuracy = Preemption(), [], time.perf_counter(), None
+    density, explored = map(float, programs.measures(state.params, state.opt_state))
+    speeds = []
+    for step in range(first + 1, total + 1):
+        if step - 1 == prune_at:
+            programs, state = pruned(state)
+        state, loss = programs.step(state, *global_batch(next(batches), mesh))
+        losses.append(loss)
+        if step % args.log_every == 0 or step == total:
+            mean = float(check_finite(losses, step).mean())
+            speed = len(losses) * args.batch / (time.perf_counter() - begin)
+            density, explored = map(float, programs.measures(state.params, state.opt_state))
+            speeds.append(speed)
+            log.write(step, loss=mean, images_per_s=speed, density=density, R=explored)
+            log.print(
+                f"step {step:,}/{total:,}  loss {mean:.3f}  density {density:.4f}  "
+                f"R {explored:.3f}  {speed:,.0f} images/s  "
+                f"{(total - step) * args.batch / speed / 60:.1f} min left"
+            )
+            losses, begin = [], time.perf_counter()
+        if held_out and (step % (args.eval_every * per_epoch) == 0 or step == total):
+            accuracy = evaluate(programs, state, held_out, args, mesh)
+            log.write(step, accuracy=accuracy)
+            log.print(f"step {step:,}  validation {accuracy:.2f}%")
+            begin = time.perf_counter() if not losses else begin
+        if step % args.save_every == 0 or step == total:
+            save(step, losses)
+        if preempted(step):
+            save(step, losses)
+            log.print(f"SIGTERM: saved at step {step:,}; the same command goes on from there.")
+            return None
+    if train is not None:
+        batches.close()
+    named = ("model", "method", "sparsity", "epochs", "batch", "image_size", "seed")
+    return {
+        "dataset": "imagenet2012",
+        "data": "random images" if args.fake_data else args.note or "imagenet2012",
+        **{name: getattr(args, name) for name in named},
+        "steps": total,
+        "options": {
+            n: getattr(args, n) for n in (*OPTIONS, "bf16", "shard_params") if getattr(args, n)
+        },
+        "accuracy": accuracy,
+        "density": round(density, 6),
+        "R": round(explored, 4),
+        "images_per_s": round(float(np.median(speeds)), 1),
+    }
+
+
+def check_batch(args: argparse.Namespace, mesh: Mesh) -> None:
+    """Raise unless every device gets the same number of images."""
+    if args.batch % mesh.size:
+        raise SystemExit(
+            f"error: --batch {args.batch} must be a multiple of the {mesh.size} devices."
+        )
+
+
+def check_same_command(args: argparse.Namespace) -> None:
+    """Raise if `--work_dir` holds a run with other settings; remember these."""
+    free = {"data_dir", "work_dir", "results", "quiet", "log_every", "save_every", "eval_every"}
+    free |= {"coordinator", "num_processes", "process_id", "distributed", "note"}
+    own = {k: v for k, v in vars(args).items() if k not in free}
+    path = args.work_dir / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [k for k in own if before.get(k, own[k]) != own[k]]
+        if changed:
+            was = ", ".join(f"--{k} {before[k]}" for k in changed)
+            raise SystemExit(
+                f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
+            )
+    elif jax.process_index() == 0:
+        path.write_text(json.dumps(own, indent=1))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments; wrong ones end the program with the nearest valid ones."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
+    )
+    add = parser.add_argument
+    add("--model", type=choice([*MODELS]), default="resnet50", help=", ".join(MODELS))
+    add_method_options(parser)
+    add("--seed", type=int, default=0)
+    add("--epochs", type=int, default=100)
+    add("--steps", type=int, help="of the training, instead of --epochs")
+    add("--batch", type=int, default=128, help="of all devices together")
+    add("--learning_rate", type=float, default=0.1, help="for each 128 images of the batch")
+    add("--warmup_epochs", type=float, default=5)
+    add("--weight_decay", type=float, default=1e-4, help="for str it sets the sparsity")
+    add("--label_smoothing", type=float, default=0.1)
+    add("--image_size", type=int, default=224, help="pixels; small ones for a try on a CPU")
+    add("--shard_params", action="store_true", help="over the devices, with masks and moments")
+    add("--data_dir", default="~/tensorflow_datasets")
+    add("--fake_data", action="store_true", help="one random batch: the speed without input")
+    add("--workers", type=int, default=8, help="processes that decode; 0 for threads")
+    add("--work_dir", type=Path, required=True, help="of checkpoints, metrics.jsonl and events")
+    add("--log_every", type=int, default=50, help="steps")
+    add("--save_every", type=int, default=1000, help="steps")
+    add("--eval_every", type=int, default=1, help="epochs")
+    add("--distributed", action="store_true", help="several processes, found by TPU or SLURM")
+    add("--coordinator", help="HOST:PORT of process 0, where they are not found")
+    add("--num_processes", type=int)
+    add("--process_id", type=int)
+    add("--note", help="what the record says of the data")
+    add("--results", type=Path, default=records.RESULTS / "imagenet.jsonl")
+    add("--quiet", action="store_true")
+    args = parser.parse_args(argv)
+    if args.method == "dense":
+        args.sparsity = 0.0
+    if args.method == "sis" and args.shard_params:
+        parser.error("--method sis prunes layer by layer: leave --shard_params out.")
+    if args.coordinator and (args.num_processes is None or args.process_id is None):
+        parser.error("--coordinator needs --num_processes and --process_id.")
+    if args.fake_data and METHODS[args.method].first_masks is not None:
+        parser.error(f"--method {args.method} needs data for its masks: leave --fake_data out.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = parse(argv)
+    if args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    elif args.distributed:
+        jax.distributed.initialize()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        record = run(args)
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
+    if record is not None and jax.process_index() == 0:
+        records.append(args.results, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""ImageNet training: real processes, killed and resumed; real photographs in the real format."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from experiments import imagenet, imagenet_input, records, table2
+from experiments.checkpoints import Checkpoints
+from tests.tiny_datasets import write_imagenet
+
+pytestmark = [
+    # Raised inside tensorflow-datasets, grain and orbax, by their own dependencies.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    write_imagenet(directory, {"train": 40, "validation": 21})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def examples(data_dir):
+    return [imagenet_input.source(split, data_dir) for split in ("train", "validation")]
+
+
+def take(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def same(a, b):
+    return all(np.array_equal(x[k], y[k]) for x, y in zip(a, b, strict=True) for k in x)
+
+
+# --- input
+
+
+def test_batches_do_not_depend_on_processes_and_workers(examples):
+    make = lambda **kw: imagenet_input.train_batches(  # noqa: E731
+        examples[0], batch=8, size=24, seed=3, **kw
+    )
+    whole = take(make(), 12)  # more than two epochs
+    parts = [take(make(process=p, processes=2), 12) for p in (0, 1)]
+    joined = [
+        {k: np.concatenate([one[k], two[k]]) for k in one} for one, two in zip(*parts, strict=True)
+    ]
+    assert same(whole, joined)
+    assert same(whole, take(make(workers=2), 12))
+    first, second = (sorted(np.concatenate([b["label"] for b in whole[i : i + 5]])) for i in (0, 5))
+    assert first == second == sorted(e["label"] for e in examples[0])  # each once an epoch
+    assert not np.array_equal(whole[0]["label"], whole[5]["label"])  # in another order
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_input_goes_on_from_its_state(examples, workers):
+    make = lambda: imagenet_input.train_batches(  # noqa: E731
+        examples[0], batch=8, size=16, seed=0, workers=workers
+    )
+    batches = make()
+    for _ in range(3):
+        next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    after = take(batches, 3)
+    resumed = make()
+    resumed.set_state(state)
+    assert same(after, take(resumed, 3))
+
+
+@pytest.mark.parametrize(("batch", "processes"), [(8, 1), (8, 2), (32, 2), (21, 1)])
+def test_validation_counts_each_image_once(examples, batch, processes):
+    labels, sizes = [], set()
+    for p in range(processes):
+        for b in imagenet_input.validation_batches(
+            examples[1], batch=batch, size=16, process=p, processes=processes
+        ):
+            labels += b["label"].tolist()
+            sizes.add(len(b["label"]))
+    assert sorted(x for x in labels if x >= 0) == sorted(e["label"] for e in examples[1])
+    assert sizes == {batch // processes}
+
+
+def test_crops():
+    """A crop of a ramp shows which box it is: all within the image, of area and shape asked."""
+    height, width = 60, 90
+    rows, columns = np.mgrid[:height, :width]
+    ramp = np.stack([2 * rows, 2 * columns, rows], -1).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    shares = []
+    for _ in range(200):
+        crop = imagenet_input.random_resized_crop(ramp, rng, 16).astype(float) / 2
+        h, w = (np.ptp(crop[..., i]) * 16 / 15 for i in (0, 1))
+        assert crop[..., 0].max() < height
+        assert crop[..., 1].max() < width
+        shares.append(h * w / (height * width))
+        assert 0.55 < w / h < 1.7  # 3/4 to 4/3, as far as whole grey levels tell
+    assert min(shares) < 0.15
+    assert 0.8 < max(shares) < 1.15
+    centre = imagenet_input.centre_crop(ramp, 52, keep=52 / 60)
+    np.testing.assert_array_equal(centre, ramp[4:56, 19:71])
+
+
+def test_bytes_that_are_no_image():
+    with pytest.raises(ValueError, match=r"4 bytes that are no JPEG or PNG image: b'oops'"):
+        imagenet_input.decode(b"oops")
+
+
+# --- processes
+
+
+def command(data_dir, work_dir, *extra):
+    return [
+        *(sys.executable, "-m", "experiments.imagenet", "--model=small", "--image_size=16"),
+        *("--batch=8", "--steps=12", "--warmup_epochs=0.4", "--every=3", "--sparsity=0.9"),
+        *("--workers=0", "--log_every=3", "--save_every=2", f"--data_dir={data_dir}"),
+        *(f"--work_dir={work_dir}", f"--results={work_dir}/runs.jsonl", *extra),
+    ]
+
+
+def start(data_dir, work_dir, *extra, devices=8):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        command(data_dir, work_dir, *extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags},
+    )
+
+
+def finish(*processes):
+    outputs = [p.communicate(timeout=240)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), outputs
+    return outputs[0]
+
+
+def plain(work_dir):
+    state = Checkpoints(work_dir, keep=True).restore_plain()
+    names, leaves = zip(*jax.tree_util.tree_leaves_with_path(state), strict=True)
+    arrays = [
+        np.asarray(
+            jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        )
+        for x in leaves
+    ]
+    return {jax.tree_util.keystr(n): a for n, a in zip(names, arrays, strict=True)}
+
+
+def saved_step(work_dir):
+    found = (work_dir / "checkpoints").glob("[0-9]*")
+    return max((int(p.name) for p in found if p.name.isdigit()), default=0)
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory):
+    """A run that nobody disturbed."""
+    work_dir = tmp_path_factory.mktemp("whole")
+    assert "step 12/12" in finish(start(data_dir, work_dir))
+    return work_dir
+
+
+def test_killed_and_resumed_is_bit_identical(data_dir, whole, tmp_path):
+    for wait_for in (2, 6):  # killed twice, whatever it is doing then
+        process = start(data_dir, tmp_path)
+        while saved_step(tmp_path) < wait_for and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert saved_step(tmp_path) < 12
+    assert f"from step {saved_step(tmp_path)}" in finish(start(data_dir, tmp_path))
+    expected, got = plain(whole), plain(tmp_path)
+    assert expected.keys() == got.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+    a, b = (records.read(d / "metrics.jsonl") for d in (whole, tmp_path))
+    rows = [[{k: v for k, v in r.items() if k != "images_per_s"} for r in x] for x in (a, b)]
+    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]
+    assert rows[0][-1] == rows[1][-1]  # the accuracy
+
+
+def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"--coordinator=localhost:{probe.getsockname()[1]}"
+    pair = [
+        start(data_dir, tmp_path, address, "--num_processes=2", f"--process_id={i}", devices=4)
+        for i in (0, 1)
+    ]
+    finish(*pair)
+    expected, got = plain(whole), plain(tmp_path)
+    for name, array in expected.items():
+        if array.dtype == bool or array.dtype.kind in "ui":
+            np.testing.assert_array_equal(got[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+    a, b = (records.read(d / "metrics.jsonl")[-1] for d in (whole, tmp_path))
+    assert a["accuracy"] == b["accuracy"]
+
+
+def test_sigterm_saves_and_leaves(data_dir, whole, tmp_path):
+    process = start(data_dir, tmp_path, "--save_every=1000")
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saved at step" in finish(process)
+    stopped = saved_step(tmp_path)
+    assert 3 <= stopped < 12
+    assert f"from step {stopped}" in finish(start(data_dir, tmp_path, "--save_every=1000"))
+    for name, array in plain(whole).items():
+        np.testing.assert_array_equal(plain(tmp_path)[name], array, err_msg=name)
+
+
+# --- in this process
+
+
+def run(data_dir, work_dir, *extra):
+    work_dir.mkdir(exist_ok=True)
+    args = imagenet.parse([*command(data_dir, work_dir)[3:], "--quiet", *extra])
+    return imagenet.run(args)
+
+
+def test_sharded_parameters_train_the_same(data_dir, whole, tmp_path):
+    record = run(data_dir, tmp_path, "--shard_params")
+    assert record["density"] == pytest.approx(0.1, abs=1e-4)
+    for name, array in plain(whole).items():
+        np.testing.assert_allclose(
+            plain(tmp_path)[name].astype(np.float64), array, rtol=1e-3, atol=1e-5, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard", "spec"),
+    [
+        ((3, 3, 64, 128), True, P(None, None, None, "data")),
+        ((3, 3, 64, 33), True, P(None, None, "data")),
+        ((3, 5), True, P()),
+        ((64, 64), False, P()),
+    ],
+)
+def test_sharding_is_along_the_longest_axis_that_divides(shape, shard, spec):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    assert imagenet.sharding_of(mesh, shape, shard).spec == spec
+
+
+@pytest.mark.parametrize("method", ["dense", "str", "sis", "snip"])
+def test_methods_that_train_in_another_way(data_dir, tmp_path, method):
+    record = run(data_dir, tmp_path, f"--method={method}", "--batch=16", "--steps=6")
+    wanted = {"dense": 1.0, "sis": 0.1, "snip": 0.1}.get(method)
+    if wanted:
+        assert record["density"] == pytest.approx(wanted, abs=1e-4)
+    again = run(data_dir, tmp_path, f"--method={method}", "--batch=16", "--steps=6")
+    assert again is None  # a finished run has nothing left to do
+
+
+def test_not_finite(data_dir, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step [2-9].*learning_rate"):
+        run(data_dir, tmp_path, "--learning_rate=1e30", "--warmup_epochs=0")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--batch=9"], "--batch 9 must be a multiple of the 8 devices"),
+        (["--batch=48"], "--batch 48 is more than all 40 images"),
+        (["--data_dir=nowhere"], "tfds build imagenet2012 --file_format=array_record"),
+    ],
+)
+def test_bad_input(data_dir, tmp_path, extra, message):
+    arguments = [*command(data_dir, tmp_path)[3:], "--quiet", *extra]
+    with pytest.raises(SystemExit, match=message):
+        imagenet.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--method=riggl"], "'riggl' is unknown; nearest: rigl"),
+        (["--method=sis", "--shard_params"], "leave --shard_params out"),
+        (["--coordinator=localhost:1"], "needs --num_processes and --process_id"),
+        (["--method=snip", "--fake_data"], "leave --fake_data out"),
+    ],
+)
+def test_bad_arguments(extra, message, capsys):
+    with pytest.raises(SystemExit):
+        imagenet.parse(["--work_dir=x", *extra])
+    assert message in capsys.readouterr().err
+
+
+def test_another_command_in_the_same_directory_is_refused(whole, data_dir):
+    with pytest.raises(SystemExit, match=r"had --sparsity 0.9: pass the same, or another"):
+        run(data_dir, whole, "--sparsity=0.8")
+
+
+def test_table_2_takes_recorded_masks(tmp_path, capsys):
+    masks = jax.tree.map(jnp.asarray, table2.masks_of("erk", 0.9))
+    Checkpoints(tmp_path, keep=True).save(1, {"opt_state": {"masks": masks}}, {})
+    table2.main(["--masks", f"snfs={tmp_path}"])
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| snfs"))
+    # ERK at 90%, with a dense gradient on each step: (2 * 0.242 + 1) / 3.
+    assert row == ("| snfs | emerges | n/a | n/a | n/a | n/a | 0.495× | n/a | 0.242× | n/a |")
+    with pytest.raises(SystemExit):
+        table2.main(["--masks", "snfs"])
+    assert "give METHOD=DIR" in capsys.readouterr().err
+
+
+def test_table_2(capsys):
+    table2.main([])
+    printed = capsys.readouterr().out
+    rows = {
+        line.split(" | ")[0] + line.split(" | ")[1]: line
+        for line in printed.splitlines()
+        if "×" in line
+    }
+    assert "8.178e+09" in printed
+    assert "3.143e+18" in printed
+    assert "0.416× | 0.23 | 0.414× | 0.42 | 0.244× | 0.10 | 0.242× | 0.24" in rows["| dst_eeerk"]
+    assert "0.200× | 0.23 | 0.200×" in rows["| setuniform"]
+    assert "0.223× | 0.23 | 0.223× | 0.23 | 0.126×" in rows["| setuniform, first layer dense"]

@@ -1,0 +1,78 @@
+"""Tiny datasets in the format of the real ones: TFDS directories of array_record files."""
+
+import io
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+
+def encoded(pixels, kind="PNG"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    file.seek(0)
+    return file
+
+
+def write(directory, name, version, features, splits):
+    """A TFDS dataset in array_record form, made without TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    path = directory / name / version
+    path.mkdir(parents=True)
+    identity = tfds.core.DatasetIdentity(
+        name=name, version=tfds.core.Version(version), data_dir=str(path), module_name=__name__
+    )
+    writer = tfds.core.SequentialWriter(
+        tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features)),
+        max_examples_per_shard=1000,
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    writer.initialize_splits(list(splits))
+    for split, examples in splits.items():
+        writer.add_examples({split: examples})
+    writer.close_all()
+
+
+def write_cifar(directory, name, classes, sizes):
+    """Random images, PNG."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    splits = {
+        split: [
+            {"image": encoded(p), "label": i % classes}
+            for i, p in enumerate(rng.integers(0, 255, (size, 32, 32, 3), dtype=np.uint8))
+        ]
+        for split, size in sizes.items()
+    }
+    features = {
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(num_classes=classes),
+    }
+    write(directory, name, "3.0.2", features, splits)
+
+
+def write_imagenet(directory, sizes):
+    """Pieces of two photographs in many sizes, JPEG; labels 0, 7, 14, ... below 1000."""
+    import tensorflow_datasets as tfds
+
+    photos, rng = load_sample_images().images, np.random.default_rng(0)
+
+    def example(i):
+        height, width = rng.integers(40, 120, 2)
+        top, left = rng.integers(300), rng.integers(500)
+        piece = photos[i % 2][top : top + height, left : left + width]
+        return {
+            "file_name": f"{i}.JPEG",
+            "image": encoded(np.ascontiguousarray(piece), "JPEG"),
+            "label": 7 * i % 1000,
+        }
+
+    features = {
+        "file_name": tfds.features.Text(),
+        "image": tfds.features.Image(encoding_format="jpeg"),
+        "label": tfds.features.ClassLabel(num_classes=1000),
+    }
+    splits = {split: [example(i) for i in range(size)] for split, size in sizes.items()}
+    write(directory, "imagenet2012", "5.1.0", features, splits)
