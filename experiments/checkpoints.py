@@ -43,7 +43,13 @@ class Checkpoints:
         return loaded["state"], loaded["notes"]
 
     def restore_plain(self) -> dict[str, Any]:
-        """The last state as nested dicts of arrays on one device, whatever devices saved it."""
+        """The last state as nested dicts of arrays on one device, whatever devices saved it.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint.
+        """
+        if self.latest() is None:
+            raise FileNotFoundError(f"no checkpoint under {self.manager.directory}.")
         one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         saved = self.manager.item_metadata(self.latest())["state"]
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)

@@ -138,9 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     recorded: dict[str, dict[float, Any]] = {}
     for given in args.masks:
         method, _, directory = given.partition("=")
-        if method not in ROWS or not Path(directory).is_dir():
+        if method not in ROWS or not directory:
             parser.error(f"--masks {given}: give METHOD=DIR, METHOD one of {', '.join(ROWS)}.")
-        masks = recorded_masks(Path(directory))
+        try:
+            masks = recorded_masks(Path(directory))
+        except FileNotFoundError as error:
+            parser.error(str(error))
         kept = float(np.mean(np.concatenate([np.ravel(m) for m in jax.tree.leaves(masks)])))
         nearest = min(SPARSITIES, key=lambda s: abs(1 - s - kept))
         recorded.setdefault(method, {})[nearest] = cost(masks)

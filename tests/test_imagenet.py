@@ -317,9 +317,10 @@ def test_table_2_takes_recorded_masks(tmp_path, capsys):
     row = next(line for line in printed.splitlines() if line.startswith("| snfs"))
     # ERK at 90%, with a dense gradient on each step: (2 * 0.242 + 1) / 3.
     assert row == ("| snfs | emerges | n/a | n/a | n/a | n/a | 0.495× | n/a | 0.242× | n/a |")
-    with pytest.raises(SystemExit):
-        table2.main(["--masks", "snfs"])
-    assert "give METHOD=DIR" in capsys.readouterr().err
+    for given, message in [("snfs", "give METHOD=DIR"), (f"set={tmp_path}/no", "no checkpoint")]:
+        with pytest.raises(SystemExit):
+            table2.main(["--masks", given])
+        assert message in capsys.readouterr().err
 
 
 def test_table_2(capsys):
