@@ -94,6 +94,7 @@ def optimizer(
     factory, names, *_ = METHODS[method]
     if factory is None:
         return inner
+    names = (*names, "distribution")
     options = {name: value for name, value in options.items() if name in names}
     if options.get("structure"):
         options["structure"] = STRUCTURES[options["structure"]]
