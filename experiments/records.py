@@ -32,6 +32,7 @@ def _commit() -> str:
 def provenance() -> dict[str, Any]:
     """Command, commit, device and versions."""
     options = [a for i, a in enumerate(sys.argv[1:]) if not _is_path(sys.argv[1:], i)]
+    options = [Path(a).name if Path(a).is_absolute() or ".." in a else a for a in options]
     return {
         "command": f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(options)}".strip(),
         "commit": _commit(),
