@@ -69,10 +69,13 @@ class Trainer:
         some = images[np.random.default_rng(0).permutation(len(images))[:PRUNED_FROM]]
         return self.learner.prune(state, data.normalise(some))
 
-    def _step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
+    def batch_of(self, state: TrainState, index: jax.Array, images: jax.Array) -> jax.Array:
+        """The augmented images of the next step, normalised."""
         key = jax.random.fold_in(jax.random.fold_in(self.learner.key, 2), state.step)
-        x = data.augment(key, data.normalise(images[index], self.learner.dtype))
-        return self.learner.step(state, x, labels[index])
+        return data.augment(key, data.normalise(images[index], self.learner.dtype))
+
+    def _step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
+        return self.learner.step(state, self.batch_of(state, index, images), labels[index])
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
@@ -84,11 +87,15 @@ class Trainer:
         """All steps of an epoch in one call, so that an accelerator never waits for the host."""
         return jax.lax.scan(lambda s, index: self._step(s, index, images, labels), state, order)
 
-    def epoch(self, state: TrainState, epoch: int, images: jax.Array, labels: jax.Array):
-        """One pass over the data in an order of its own; returns the state and the mean loss."""
+    def order(self, epoch: int, size: int) -> jax.Array:
+        """The images of each step of an epoch: indices (steps, batch)."""
         key = jax.random.fold_in(jax.random.fold_in(self.learner.key, 3), epoch)
         used = self.steps_per_epoch * self.batch
-        order = jax.random.permutation(key, len(images))[:used].reshape(-1, self.batch)
+        return jax.random.permutation(key, size)[:used].reshape(-1, self.batch)
+
+    def epoch(self, state: TrainState, epoch: int, images: jax.Array, labels: jax.Array):
+        """One pass over the data in an order of its own; returns the state and the mean loss."""
+        order = self.order(epoch, len(images))
         if jax.default_backend() != "cpu":
             state, losses = self.scan_epoch(state, order, images, labels)
             return state, losses.mean()

@@ -138,8 +138,8 @@ class Learner:
             params = dstee.apply_masks(params, masks)
         return TrainState(params, stats, opt_state, jnp.zeros((), jnp.int32))
 
-    def step(self, state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
-        """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss."""
+    def _grads(self, state: TrainState, x: jax.Array, y: jax.Array) -> Any:
+        """((loss, statistics), gradient) on normalised images and labels."""
 
         def loss_fn(params):
             model = nnx.merge(self.train_def, model_params(params), state.stats, copy=True)
@@ -149,7 +149,16 @@ class Learner:
             loss = optax.softmax_cross_entropy(logits, targets).mean()
             return loss, nnx.state(model, nnx.BatchStat)
 
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(self, state: TrainState, x: jax.Array, y: jax.Array) -> Any:
+        """The dense gradient of the loss on normalised images (n, h, w, 3) and labels (n,)."""
+        return self._grads(state, x, y)[1]
+
+    def step(self, state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
+        """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss."""
+        (loss, stats), grads = self._grads(state, x, y)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, stats, opt_state, state.step + 1), loss

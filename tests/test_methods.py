@@ -268,14 +268,20 @@ def test_gap_rotates_dense_parts_and_prunes_in_the_end():
     tx = methods.gap(optax.sgd(0.01), partitions=2, **MAKE)  # rounds at 12, 24, 36, 48
     steps = trajectory(tx)
     for t, dense in [(5, "a"), (12, "b"), (24, "a"), (36, "b"), (48, None), (59, None)]:
-        (params, state, grads), (_, new, _) = steps[t - 1], steps[t]
+        (params, state, grads), (after, new, _) = steps[t - 1], steps[t]
         for name in NAMES:
             mask, now = kernel(state.masks, name), kernel(new.masks, name)
             target = kernel(steps[-1][1].masks, name).sum()
+            w = (kernel(params, name) - 0.01 * kernel(grads, name)) * mask
+            if t % 12:  # no round
+                expected = mask
+            elif name == dense:
+                expected = np.ones_like(mask)
+            else:  # the largest stay
+                expected = swap(mask, abs(w), w, mask.sum() - target, 0)
+            np.testing.assert_array_equal(now, expected)
             assert now.sum() == (now.size if name == dense else target)
-            if mask.all() and not now.all():  # pruned: the largest stay
-                w = kernel(params, name) - 0.01 * kernel(grads, name)
-                np.testing.assert_array_equal(now, swap(mask, abs(w), w, mask.size - target, 0))
+            np.testing.assert_allclose(kernel(after, name), w * now, atol=1e-6)  # grown: at zero
 
 
 @pytest.mark.parametrize("reweighted", [True, False])
