@@ -25,9 +25,10 @@ from rich.console import Console
 import dstee_jax as dstee
 from dstee_jax.state import find_states
 from experiments import data, records, sis
+from experiments.arguments import Parser, choice
 from experiments.checkpoints import Checkpoints, Events
 from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
-from experiments.methods import METHODS, choice, measures
+from experiments.methods import METHODS, measures
 from experiments.models import MODELS, count_weights
 
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
@@ -183,6 +184,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     return {
         **{name: getattr(args, name) for name in named},
         "seed": seed,
+        "steps": trainer.steps_per_epoch * args.epochs,
         "data": args.note or args.dataset,
         "options": decay
         | {n: getattr(args, n) for n in options if getattr(args, n) not in (None, False)},
@@ -197,9 +199,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; wrong ones end the program with the nearest valid ones."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", type=choice([*MODELS]), default="vgg19", help=", ".join(MODELS))
     add("--dataset", type=choice([*data.CLASSES]), default="cifar10")

@@ -27,6 +27,7 @@ from dstee_jax import scores
 from dstee_jax.schedule import make_rounds
 from dstee_jax.state import is_dense, leaves_with_path, mask_leaves, path_name
 from experiments import cifar, data, records
+from experiments.arguments import Parser
 
 AT, LATER = 1000, 2000
 SCORES = {"rigl": scores.gradient(), "dst_ee": scores.acquisition()}
@@ -107,9 +108,7 @@ def measure(args: argparse.Namespace, arrays: Any) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default="vgg19", choices=[*cifar.MODELS])
     add("--dataset", default="cifar10", choices=[*data.CLASSES])

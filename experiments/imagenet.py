@@ -33,9 +33,10 @@ from rich.console import Console
 
 from experiments import data, records, sis
 from experiments import imagenet_input as images
+from experiments.arguments import Parser, choice
 from experiments.checkpoints import Checkpoints, Events
 from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
-from experiments.methods import METHODS, choice, measures
+from experiments.methods import METHODS, measures
 from experiments.models import ResNet50, Small, count_weights
 
 CLASSES = 1000
@@ -335,11 +336,7 @@ def check_same_command(args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; wrong ones end the program with the nearest valid ones."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", type=choice([*MODELS]), default="resnet50", help=", ".join(MODELS))
     add_method_options(parser)

@@ -18,7 +18,8 @@ import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
 from experiments import sis
-from experiments.methods import METHODS, STRUCTURES, choice, first_masks, model_params, optimizer
+from experiments.arguments import choice
+from experiments.methods import METHODS, STRUCTURES, first_masks, model_params, optimizer
 
 THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
 OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure")

@@ -30,7 +30,8 @@ from rich.console import Console
 import dstee_jax as dstee
 from dstee_jax.state import find_states
 from experiments import graphs, records, walks
-from experiments.methods import METHODS, choice, optimizer
+from experiments.arguments import Parser, choice
+from experiments.methods import METHODS, optimizer
 
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
 EPOCHS = {"admm": 60}  # 20 dense, 20 of ADMM, 20 of retraining; 50 for the others
@@ -218,11 +219,7 @@ def table(runs: list[dict]) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     masked = [name for name, m in METHODS.items() if m.trains == "masked" and not m.first_masks]
     add("--graph", type=Path, help="edge list: src dst time, or src dst weight time; gzip or not")

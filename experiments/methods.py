@@ -1,8 +1,6 @@
 """Methods by the names that the command lines take, and what each needs from a trainer."""
 
-import argparse
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -59,20 +57,10 @@ METHODS = {
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
     "rigl_itop": Method(methods.rigl_itop, ("every",)),
-    "dst_ee": Method(methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize")),
+    "dst_ee": Method(
+        methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init", "regrow")
+    ),
 }
-
-
-def choice(valid: Sequence[str]):
-    """An argparse type that takes one of `valid` and otherwise names the nearest."""
-
-    def parse(text: str) -> str:
-        if text in valid:
-            return text
-        near = difflib.get_close_matches(text, valid, n=3, cutoff=0.3) or list(valid)
-        raise argparse.ArgumentTypeError(f"{text!r} is unknown; nearest: {', '.join(near)}")
-
-    return parse
 
 
 def optimizer(

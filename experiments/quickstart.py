@@ -8,7 +8,6 @@ deviation over the seeds) and the path of a picture. `--methods all` runs every 
 the 1,797 images train, 20% are for validation (`--split validation`), 20% for the test.
 """
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -28,7 +27,8 @@ import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
 from experiments import records, sis
-from experiments.methods import METHODS, choice, first_masks, measures, model_params, optimizer
+from experiments.arguments import Parser, choice
+from experiments.methods import METHODS, first_masks, measures, model_params, optimizer
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
@@ -253,9 +253,7 @@ def picture(results: dict[tuple[str, float], Result], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     quick = ["dense", "static", "set", "rigl", "dst_ee"]
     valid = [*METHODS, "all"]
     parser.add_argument("--methods", nargs="+", type=choice(valid), default=quick)

@@ -9,7 +9,6 @@ seed; 15 minutes). Appends to results/sweep_DATA.jsonl, whose runs are skipped w
 again, and prints each method's best settings.
 """
 
-import argparse
 import itertools
 import random
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cifar, data, quickstart, records
+from experiments.arguments import Parser
 
 SHARED = {
     "every": [25, 50, 100, 200],
@@ -92,9 +92,7 @@ def report(path: Path, top: int = 3) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", choices=["digits", "cifar10"], default="digits")
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--sparsity", nargs="+", type=float)

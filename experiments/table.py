@@ -7,11 +7,11 @@
 standard error, and their ratio.
 """
 
-import argparse
 import statistics
 from pathlib import Path
 
 from experiments import records
+from experiments.arguments import Parser
 from experiments.methods import METHODS
 
 PAIRS = [("set", "static"), ("rigl", "set"), ("dst_ee", "rigl")]
@@ -74,9 +74,7 @@ def pair_table(runs: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--pairs", action="store_true")
     args = parser.parse_args(argv)

@@ -10,12 +10,12 @@ the best. `--commands` adds the
 command that made each row.
 """
 
-import argparse
 import re
 import statistics
 from pathlib import Path
 
 from experiments import records
+from experiments.arguments import Parser
 from experiments.methods import METHODS
 
 # Test accuracy (%) at 90, 95 and 98% sparsity, from the paper's Table 1 (160 epochs).
@@ -116,9 +116,7 @@ def commands(runs: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--commands", action="store_true")
     args = parser.parse_args(argv)

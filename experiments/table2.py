@@ -8,7 +8,6 @@ Where the allocation emerges in training, the costs come from recorded masks: gi
 of `experiments.imagenet` as `--masks dsr=DIR`, or the row says n/a.
 """
 
-import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from flax import nnx
 import dstee_jax as dstee
 from dstee_jax.masks import leaf_counts
 from dstee_jax.state import leaves_with_path, path_name
+from experiments.arguments import Parser
 from experiments.checkpoints import Checkpoints
 from experiments.models import ResNet50
 
@@ -129,9 +129,7 @@ def _share(value: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--masks", nargs="*", default=[], metavar="METHOD=DIR", help="checkpoints to read masks of")
     args = parser.parse_args(argv)

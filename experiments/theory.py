@@ -16,7 +16,6 @@ alpha = 1 / (16 L dT sqrt(Q)). Prints, and appends to results/theory.jsonl,
 About a minute on 2 CPU cores.
 """
 
-import argparse
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ import optax
 
 import dstee_jax as dstee
 from experiments import records
+from experiments.arguments import Parser
 
 SHAPE = (8, 16)
 DELTA_T = 4
@@ -177,9 +177,7 @@ def decrease(problem: Problem, rounds: int, seeds: int = SEEDS) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--results", type=Path, default=records.RESULTS / "theory.jsonl")
     args = parser.parse_args(argv)

@@ -1,0 +1,37 @@
+"""Command lines: files of arguments, and names that are nearly right."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that keeps the description's lines and takes @FILE.
+
+    A file holds arguments as the command line has them, on any number of lines; what follows a
+    # is a comment.
+    """
+
+    def __init__(self, description: str | None, **options: Any):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            fromfile_prefix_chars="@",
+            **options,
+        )
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return arg_line.partition("#")[0].split()
+
+
+def choice(valid: Sequence[str]) -> Callable[[str], str]:
+    """An argparse type that takes one of `valid` and otherwise names the nearest."""
+
+    def parse(text: str) -> str:
+        if text in valid:
+            return text
+        near = difflib.get_close_matches(text, valid, n=3, cutoff=0.3) or list(valid)
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; nearest: {', '.join(near)}")
+
+    return parse
