@@ -15,10 +15,17 @@ from jax.extend.core import Literal
 from dstee_jax.masks import fitting_masks
 from dstee_jax.state import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
-# What an array of the program is made of: leaves of the parameters (size and index; none for a
-# constant), or None for data, which is all that depends on the inputs.
-_Origin = frozenset[tuple[int, int]] | None
-_CONSTANT: _Origin = frozenset()
+
+class _Weights(NamedTuple):
+    """An array of the program that is made of parameters and constants alone."""
+
+    leaves: frozenset[tuple[int, int]] = frozenset()  # (size, index); none for a constant
+    looked_up: bool = False  # rows picked by the inputs, as an embedding's
+
+
+# None is data: all that depends on the inputs in another way than by looking up.
+_Origin = _Weights | None
+_CONSTANT = _Weights()
 _Counts = Counter[int | None]  # multiply-adds by leaf; None: products that are no leaf's
 
 
@@ -36,10 +43,11 @@ def flops(
 ) -> Flops:
     """Count the FLOPs of `apply(params, *inputs)`.
 
-    Reads the jaxpr, nothing is computed: convolutions and dot products, also inside jit, scan
-    (times its length), cond (the dearest branch), remat, custom derivatives, vmap and shard_map
-    (all devices). A product of data and a parameter belongs to that parameter, whatever
-    reshapes, casts, masks or normalises it on the way. Padding counts as data.
+    Reads the jaxpr, nothing is computed: convolutions and dot products, also ragged ones, inside
+    jit, scan (times its length), cond (the dearest branch), remat, custom derivatives, vmap and
+    shard_map (all devices). A product of data and a parameter belongs to that parameter,
+    whatever reshapes, casts, masks or normalises it on the way; where several were
+    concatenated, to each by its size. What an embedding looks up is data. Padding counts as data.
 
     Args:
       apply: the network, or any function of params and inputs.
@@ -56,7 +64,7 @@ def flops(
 
     Warns:
       UserWarning: products in a `while_loop`, whose number of iterations nobody knows: they are
-        counted once.
+        counted once; or a kernel that is no jaxpr of JAX (Pallas): it is not counted.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -71,7 +79,9 @@ def flops(
     """
     shares = _active_shares(params, masks)
     traced = jax.make_jaxpr(apply)(params, *inputs)
-    origins: list[_Origin] = [frozenset([(size, i)]) for i, (_, size) in enumerate(shares)]
+    origins: list[_Origin] = [
+        _Weights(frozenset([(size, i)])) for i, (_, size) in enumerate(shares)
+    ]
     origins += [None] * (len(traced.jaxpr.invars) - len(origins))
     _, macs = _walk(traced.jaxpr, [_CONSTANT] * len(traced.consts), origins)
     other = 2 * macs.pop(None, 0)
@@ -152,35 +162,64 @@ def _closed(closed: Any, args: Sequence[_Origin]) -> tuple[list[_Origin], _Count
     return _walk(inner, [_CONSTANT] * len(inner.constvars), args)
 
 
-def _join(origins: Sequence[_Origin]) -> _Origin:
-    """Data if any is; otherwise the largest leaf, as a kernel's in kernel times scale."""
+def _join(origins: Sequence[_Origin], *, all_leaves: bool = False) -> _Origin:
+    """Data if any is; otherwise the largest leaf, as a kernel's in kernel times scale, or all."""
     found: set[tuple[int, int]] = set()
+    looked_up = False
     for one in origins:
         if one is None:
             return None
-        found |= one
-    largest = max((size for size, _ in found), default=0)
-    return frozenset(leaf for leaf in found if leaf[0] == largest)
+        found |= one.leaves
+        looked_up |= one.looked_up
+    largest = 0 if all_leaves else max((size for size, _ in found), default=0)
+    return _Weights(frozenset(leaf for leaf in found if leaf[0] >= largest), looked_up)
 
 
-def _product(ins: Sequence[_Origin], macs: int) -> _Counts:
-    """Multiply-adds, to the leaf that meets data in them."""
-    weights = [one for one in ins if one is not None]
-    single = len(weights) == 1 and len(weights[0]) == 1
-    return Counter({next(iter(weights[0]))[1] if single else None: macs})
+def _product(ins: list[_Origin], macs: int) -> tuple[list[_Origin], _Counts]:
+    """A product's multiply-adds go to the weights that meet data, or a constant, in it."""
+
+    def is_data(one: _Origin, other: _Origin) -> bool:
+        if one is None or not one.leaves:
+            return True
+        return one.looked_up and other is not None and not other.looked_up
+
+    a, b = ins
+    weights = [one for one, other in ((a, b), (b, a)) if not is_data(one, other)]
+    if len(weights) == 2:  # a low-rank kernel: what comes out is no leaf, and not sparse
+        return [_CONSTANT], Counter({None: macs})
+    if not weights or weights[0] is None:
+        return [_join(ins)], Counter({None: macs})
+    leaves = sorted(weights[0].leaves)
+    counts: _Counts = Counter()
+    total, left = sum(size for size, _ in leaves), macs
+    for size, index in leaves[1:]:
+        counts[index] = macs * size // total
+        left -= counts[index]
+    counts[leaves[0][1]] = left
+    return [None], counts
 
 
 def _dot(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     summed = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-    return [_join(ins)], _product(ins, eqn.outvars[0].aval.size * summed)
+    return _product(ins, eqn.outvars[0].aval.size * summed)
+
+
+def _ragged_dot(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
+    """Each row of the left side meets one group of the right side."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    used = {*contracted, *batch, *numbers.rhs_group_dimensions}
+    left, right = (var.aval for var in eqn.invars[:2])
+    free = math.prod(n for axis, n in enumerate(right.shape) if axis not in used)
+    return _product(ins[:2], left.size * free)
 
 
 def _convolution(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
     kernel = eqn.invars[1].aval.shape
     summed = math.prod(kernel[axis] for axis in eqn.params["dimension_numbers"].rhs_spec[1:])
     zeros = math.prod(eqn.params["lhs_dilation"])  # a transposed convolution meets mostly zeros
-    return [_join(ins)], _product(ins, eqn.outvars[0].aval.size * summed // zeros)
+    return _product(ins, eqn.outvars[0].aval.size * summed // zeros)
 
 
 def _loop(
@@ -222,30 +261,43 @@ def _cond(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
 
 def _shard_map(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
     outs, counts = _closed(eqn.params["jaxpr"], ins)
-    devices = eqn.params["mesh"].size
+    sizes = dict(eqn.params["mesh"].shape)
+    devices = math.prod(sizes[axis] for axis in eqn.params.get("newly_manual_axes", sizes))
     return outs, Counter({leaf: macs * devices for leaf, macs in counts.items()})
 
 
 def _looked_up(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
-    """A part of an array is of its origin, wherever the index comes from."""
-    return [ins[0]] * len(eqn.outvars), Counter()
+    """A part of an array is of its origin; rows of a constant picked by data are data."""
+    table, index = ins[0], _join(ins[1:])
+    if table is None or index is not None:
+        return [table], Counter()
+    return [table._replace(looked_up=True) if table.leaves else None], Counter()
 
 
 def _select(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
-    return [_join(ins[1:]) or _join(ins)], Counter()
+    cases = _join(ins[1:])
+    return [cases if cases is None or cases.leaves else _join(ins)], Counter()
+
+
+def _concatenate(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
+    return [_join(ins, all_leaves=True)], Counter()
 
 
 def _other_primitive(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
     """A call of another jaxpr (jit, remat, custom derivatives), or no product at all."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     body = getattr(inner, "jaxpr", inner)
-    if hasattr(body, "eqns") and len(body.invars) == len(ins):
+    if hasattr(body, "eqns") and len(body.invars) == len(ins) and eqn.primitive.name != _KERNEL:
         return _closed(inner, ins)
+    if eqn.primitive.name == _KERNEL:
+        warnings.warn("a Pallas kernel is not counted.", stacklevel=2)
     return [_join(ins)] * len(eqn.outvars), Counter()
 
 
+_KERNEL = "pallas_call"
 _RULES: dict[str, Callable[[Any, list[_Origin]], tuple[list[_Origin], _Counts]]] = {
     "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
     "scan": _scan,
     "while": _while,
@@ -254,4 +306,5 @@ _RULES: dict[str, Callable[[Any, list[_Origin]], tuple[list[_Origin], _Counts]]]
     "gather": _looked_up,
     "dynamic_slice": _looked_up,
     "select_n": _select,
+    "concatenate": _concatenate,
 }

@@ -8,6 +8,13 @@ import jax
 import orbax.checkpoint as ocp
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one go: who is killed meanwhile leaves the file as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 class Checkpoints:
     """The last two checkpoints of a run.
 
@@ -59,11 +66,15 @@ class Checkpoints:
 class Events:
     """TensorBoard events of a run; writes on the first process alone."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, first_step: int = 0):
+        """`first_step`: where the run goes on from; later events of an earlier run are hidden."""
         from tensorboardX import SummaryWriter
 
-        first = jax.process_index() == 0
-        self.writer = SummaryWriter(str(directory / "events")) if first else None
+        path, purge = (
+            str(directory / "events"),
+            {"purge_step": first_step + 1} if first_step else {},
+        )
+        self.writer = SummaryWriter(path, **purge) if jax.process_index() == 0 else None
 
     def add(self, step: int, **values: float) -> None:
         """Add one value for each name, at a step."""

@@ -134,7 +134,6 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     store = Checkpoints(args.work_dir, keep=args.resume) if args.work_dir else None
-    events = Events(args.work_dir) if args.work_dir else None
     pruned = trainer.learner.trains == "pruned"
     prune_at = round(sis.PRUNE_AT * args.epochs) if pruned else None
     if store and store.latest() is not None:
@@ -142,6 +141,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
         if prune_at is not None and first > prune_at:
             state = trainer.prune(state, images)  # for its shapes
         state, history = store.restore(state)
+    events = Events(args.work_dir, first) if args.work_dir else None
     seconds = sum(row["seconds"] for row in history)
     density, explored = map(float, measures(state.params, state.opt_state))
 

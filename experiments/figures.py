@@ -2,7 +2,8 @@
 
     python -m experiments.figures figure1       # from results/figure1.jsonl
     python -m experiments.figures figure2       # one mask update, computed and drawn
-    python -m experiments.figures figure3       # from results/figure3.jsonl
+    python -m experiments.figures figure3       # from results/figure3.jsonl, made by runs of
+        # experiments.cifar --method dst_ee --c C --results results/figure3.jsonl
     python -m experiments.figures exploitation  # from results/exploitation.jsonl
     python -m experiments.figures theory        # from results/theory.jsonl
     python -m experiments.figures masks --work_dir DIR   # from a run's last checkpoint
@@ -135,13 +136,12 @@ def figure3(runs: list[dict]) -> Figure:
     for row, ((data, model, sparsity), cell) in zip(axes, sorted(groups.items()), strict=True):
         by_c = {}
         for run in cell:
-            by_c.setdefault(run["options"]["c"], []).append(np.array(run["history"]))
+            by_c.setdefault(run["options"].get("c", 1e-3), []).append(np.array(run["history"]))
         for i, (c, histories) in enumerate(sorted(by_c.items())):
             accuracy, explored = np.mean(histories, 0).T
             style = {"color": SEQUENCE[i], "marker": MARKERS[i], "ms": 4, "label": f"c = {c:g}"}
             epoch = 1 + np.arange(len(accuracy))
-            rounds = epoch * cell[0]["steps"] / cell[0]["epochs"] // cell[0]["options"]["every"]
-            row[0].plot(rounds, explored, **style)
+            row[0].plot(_rounds(cell[0], epoch), explored, **style)
             row[1].plot(epoch, accuracy, **style)
         seeds = len(next(iter(by_c.values())))
         row[0].set(xlabel="mask update round", ylabel="exploration degree R")
@@ -149,6 +149,13 @@ def figure3(runs: list[dict]) -> Figure:
         row[1].set(xlabel="epoch", ylabel="test accuracy (%)")
         row[0].legend(frameon=False, fontsize="small")
     return figure
+
+
+def _rounds(run: dict, epoch: np.ndarray) -> np.ndarray:
+    """How many mask updates a run had seen after each epoch; its options or the defaults."""
+    every, stop = run["options"].get("every", 100), run["options"].get("stop", 0.75)
+    steps = np.minimum(epoch * run["steps"] / run["epochs"], stop * run["steps"])
+    return steps // every
 
 
 def exploitation(runs: list[dict]) -> Figure:
@@ -197,7 +204,9 @@ def masks(work_dir: Path) -> Figure:
     """Densities of the layers, and how many inputs each output unit of the largest ones reads."""
     state = Checkpoints(work_dir, keep=True).restore_plain()["opt_state"]
     if "masks" not in state:
-        raise FileNotFoundError(f"the run in {work_dir} has no masks: it trains dense.")
+        raise FileNotFoundError(
+            f"the run in {work_dir} has no masks: it is dense, or learns thresholds."
+        )
     found = {
         path_name(path).removesuffix("/value").removesuffix("/kernel"): np.asarray(mask)
         for path, mask in jax.tree_util.tree_leaves_with_path(state["masks"])

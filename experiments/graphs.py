@@ -47,7 +47,9 @@ def read(path: str | Path) -> Graph:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no edge list {path}: pass the path of a file.")
-    opened = gzip.open(path) if path.read_bytes()[:2] == b"\x1f\x8b" else path.open("rb")
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    opened = gzip.open(path) if zipped else path.open("rb")
     rows, malformed, columns = [], 0, 0
     with opened as file:
         for text in _chunks(file):
@@ -61,6 +63,8 @@ def read(path: str | Path) -> Graph:
             f"{path} has no line of 3 numbers (src dst time) or 4 (src dst weight time)."
         )
     ends, time = table[:, :2], table[:, -1]
+    if abs(ends[np.isfinite(ends)]).max(initial=0) >= 2**53:
+        raise ValueError(f"{path} has ids of 2^53 and more, which are not told apart: number anew.")
     whole = (ends == np.floor(ends)).all(1) & np.isfinite(table).all(1)
     dropped = {"malformed": malformed + int((~whole).sum())}
     negative = whole & (ends < 0).any(1)
@@ -157,7 +161,8 @@ def split(graph: Graph, seed: int, *, test: float = 0.2, validation: float = 0.2
     """Train, validation and test edges, each with as many non-edges.
 
     The latest share of the edges by time is for the test (edges of equal time in random
-    order); validation edges are drawn from the rest.
+    order); validation edges are drawn from the rest. Each part draws its own non-edges: in a
+    dense graph some are in two parts.
 
     Raises:
       ValueError: fewer than 10 edges.

@@ -8,8 +8,8 @@ of the batch with 5 epochs of warm-up and a cosine to zero, weight decay 1e-4, l
 0.1. Data-parallel over all devices of all processes; `--shard_params` shards parameters, masks,
 counters and moments too. docs/imagenet.md says how to start it on several machines.
 
-The same command, started again, goes on from the last checkpoint in `--work_dir`, bit for bit.
-SIGTERM saves and leaves.
+The same command, started again, goes on from the last checkpoint in `--work_dir`, bit for bit
+where the devices compute the same twice. SIGTERM saves and leaves.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from rich.console import Console
 from experiments import data, records, sis
 from experiments import imagenet_input as images
 from experiments.arguments import Parser, choice
-from experiments.checkpoints import Checkpoints, Events
+from experiments.checkpoints import Checkpoints, Events, write_whole
 from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
 from experiments.methods import METHODS, measures
 from experiments.models import ResNet50, Small, count_weights
@@ -54,6 +54,7 @@ class Programs(NamedTuple):
     shardings: TrainState
     step: Any  # (state, images, labels) -> (state, loss)
     hits: Any  # (state, images, labels) -> correct ones
+    is_finite: Any  # state -> whether all parameters are
     measures: Any  # (params, opt_state) -> density, R
 
 
@@ -86,8 +87,15 @@ def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Progra
             donate_argnums=0,
         ),
         jit(lambda state, x, y: learner.hits(state, normalised(x), y), out_shardings=whole),
+        jax.jit(all_finite, in_shardings=(shardings,), out_shardings=whole),
         jax.jit(measures, out_shardings=whole),
     )
+
+
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether all parameters and statistics are finite; bool, shape ()."""
+    floats = jax.tree.leaves((state.params, state.stats))
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
@@ -121,11 +129,14 @@ def check_finite(losses: list[jax.Array], step: int) -> np.ndarray:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         at = step - len(values) + int(bad[0]) + 1
-        raise FloatingPointError(
-            f"the loss is {values[bad[0]]} at step {at}: lower --learning_rate, raise "
-            "--warmup_epochs, or leave --bf16 out. The last checkpoint is from before it."
-        )
+        raise FloatingPointError(f"the loss is {values[bad[0]]} at step {at}: {_REMEDY}")
     return values
+
+
+_REMEDY = (
+    "lower --learning_rate, raise --warmup_epochs, or leave --bf16 out, and start again in another "
+    "--work_dir. The last checkpoint is from before it."
+)
 
 
 def evaluate(
@@ -170,11 +181,12 @@ class Log:
     def __init__(self, args: argparse.Namespace, first_step: int):
         self.on = jax.process_index() == 0
         self.print = Console(quiet=args.quiet or not self.on).print
-        self.events = Events(args.work_dir)
+        self.events = Events(args.work_dir, first_step)
         self.path = args.work_dir / "metrics.jsonl"
-        if self.on and self.path.exists():  # what a run wrote after its last checkpoint
-            rows = [row for row in records.read(self.path) if row["step"] <= first_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.on and self.path.exists():  # without what came after the last checkpoint
+            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in kept if json.loads(line)["step"] <= first_step]
+            write_whole(self.path, "".join(kept))
 
     def write(self, step: int, **values: float) -> None:
         self.events.add(step, **values)
@@ -184,7 +196,7 @@ class Log:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Train, evaluate, and return the record; None if SIGTERM came first, or nothing was left."""
+    """Train, evaluate, and return the record; None if SIGTERM came first."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     check_batch(args, mesh)
     train = None if args.fake_data else images.source("train", args.data_dir)
@@ -237,7 +249,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     )
     check_same_command(args)
     store = Checkpoints(args.work_dir, keep=True)
-    first = store.latest() or 0
+    first, notes = store.latest() or 0, {}
     if first:
         if prune_at is not None and first > prune_at:
             programs, state = pruned(state)  # for its shapes
@@ -245,23 +257,23 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if train is not None:
             batches.set_state(notes["input"])
     log = Log(args, first)
-    if first >= total:
-        log.print(f"the run in --work_dir is complete: {first:,} of {total:,} steps.")
-        return None
     log.print(
         f"{args.model}: {count_weights(state.params):,} weights, {jax.device_count()} x "
         f"{jax.devices()[0].device_kind}, {total:,} steps of {args.batch} images"
         + (f", from step {first:,}" if first else "")
     )
+    accuracy, speeds = notes.get("accuracy"), notes.get("speeds", [])
 
     def save(step: int, losses: list[jax.Array]) -> None:
         check_finite(losses, step)
+        if not programs.is_finite(state):
+            raise FloatingPointError(f"a parameter is not finite after step {step}: {_REMEDY}")
         if step != store.latest():
-            store.save(step, state, {"input": None if train is None else batches.get_state()})
+            position = None if train is None else batches.get_state()
+            store.save(step, state, {"input": position, "accuracy": accuracy, "speeds": speeds})
 
-    preempted, losses, begin, accuracy = Preemption(), [], time.perf_counter(), None
+    preempted, losses, begin = Preemption(), [], time.perf_counter()
     density, explored = map(float, programs.measures(state.params, state.opt_state))
-    speeds = []
     for step in range(first + 1, total + 1):
         if step - 1 == prune_at:
             programs, state = pruned(state)
@@ -271,7 +283,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             mean = float(check_finite(losses, step).mean())
             speed = len(losses) * args.batch / (time.perf_counter() - begin)
             density, explored = map(float, programs.measures(state.params, state.opt_state))
-            speeds.append(speed)
+            speeds = [*speeds, round(speed, 1)][-20:]
             log.write(step, loss=mean, images_per_s=speed, density=density, R=explored)
             log.print(
                 f"step {step:,}/{total:,}  loss {mean:.3f}  density {density:.4f}  "
@@ -279,32 +291,36 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"{(total - step) * args.batch / speed / 60:.1f} min left"
             )
             losses, begin = [], time.perf_counter()
-        if held_out and (step % (args.eval_every * per_epoch) == 0 or step == total):
+        evaluates = held_out and (step % (args.eval_every * per_epoch) == 0 or step == total)
+        saves = step % args.save_every == 0 or step == total
+        if evaluates or saves:
+            jax.block_until_ready(loss)
+        aside = time.perf_counter()  # what follows is not training
+        if evaluates:
             accuracy = evaluate(programs, state, held_out, args, mesh)
             log.write(step, accuracy=accuracy)
             log.print(f"step {step:,}  validation {accuracy:.2f}%")
-            begin = time.perf_counter() if not losses else begin
-        if step % args.save_every == 0 or step == total:
+        if saves:
             save(step, losses)
-        if preempted(step):
+        if step < total and preempted(step):
             save(step, losses)
             log.print(f"SIGTERM: saved at step {step:,}; the same command goes on from there.")
             return None
+        begin += time.perf_counter() - aside
     if train is not None:
         batches.close()
     named = ("model", "method", "sparsity", "epochs", "batch", "image_size", "seed")
+    options = (*OPTIONS, "bf16", "shard_params")
     return {
         "dataset": "imagenet2012",
         "data": "random images" if args.fake_data else args.note or "imagenet2012",
         **{name: getattr(args, name) for name in named},
         "steps": total,
-        "options": {
-            n: getattr(args, n) for n in (*OPTIONS, "bf16", "shard_params") if getattr(args, n)
-        },
+        "options": {name: getattr(args, name) for name in options if getattr(args, name)},
         "accuracy": accuracy,
         "density": round(density, 6),
         "R": round(explored, 4),
-        "images_per_s": round(float(np.median(speeds)), 1),
+        "images_per_s": float(np.median(speeds)),
     }
 
 
@@ -322,16 +338,16 @@ def check_same_command(args: argparse.Namespace) -> None:
     free |= {"coordinator", "num_processes", "process_id", "distributed", "note"}
     own = {k: v for k, v in vars(args).items() if k not in free}
     path = args.work_dir / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [k for k in own if before.get(k, own[k]) != own[k]]
-        if changed:
-            was = ", ".join(f"--{k} {before[k]}" for k in changed)
-            raise SystemExit(
-                f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
-            )
-    elif jax.process_index() == 0:
-        path.write_text(json.dumps(own, indent=1))
+    if jax.process_index() == 0 and not path.exists():
+        write_whole(path, json.dumps(own, indent=1))
+    multihost_utils.sync_global_devices("config.json")
+    before = json.loads(path.read_text())
+    changed = [k for k in own if before.get(k, own[k]) != own[k]]
+    if changed:
+        was = ", ".join(f"--{k} {before[k]}" for k in changed)
+        raise SystemExit(
+            f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
+        )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -367,6 +383,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.method == "dense":
         args.sparsity = 0.0
+    if "://" in str(args.work_dir) or ":/" in str(args.work_dir):
+        parser.error(f"--work_dir {args.work_dir} is no directory: mount the bucket, or use NFS.")
     if args.method == "sis" and args.shard_params:
         parser.error("--method sis prunes layer by layer: leave --shard_params out.")
     if args.coordinator and (args.num_processes is None or args.process_id is None):
@@ -388,8 +406,10 @@ def main(argv: list[str] | None = None) -> None:
         record = run(args)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    if record is not None and jax.process_index() == 0:
+    done = args.work_dir / "recorded"
+    if record is not None and jax.process_index() == 0 and not done.exists():
         records.append(args.results, record)
+        done.touch()
 
 
 if __name__ == "__main__":

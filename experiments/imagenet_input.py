@@ -2,9 +2,9 @@
 
 A batch is the same whatever the number of processes and workers: the crop of an image depends
 on the seed and its place in the run alone, and each process reads its own part of each batch.
-Nothing here imports JAX, so workers start quickly.
 """
 
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,4 +166,10 @@ def _prefetched(dataset: grain.MapDataset, workers: int) -> grain.IterDataset:
 
     if not flags.FLAGS.is_parsed():  # Grain hands them to its workers
         flags.FLAGS.mark_as_parsed()
-    return batches.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+    return batches.mp_prefetch(options, _ignore_sigterm)
+
+
+def _ignore_sigterm(worker: int, workers: int) -> None:
+    """A scheduler's SIGTERM reaches the whole process group: the run still needs its batches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

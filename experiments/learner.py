@@ -19,10 +19,17 @@ from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
 from experiments import sis
 from experiments.arguments import choice
-from experiments.methods import METHODS, STRUCTURES, first_masks, model_params, optimizer
+from experiments.methods import (
+    DISTRIBUTIONS,
+    METHODS,
+    STRUCTURES,
+    first_masks,
+    model_params,
+    optimizer,
+)
 
 THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
-OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure")
+OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure", "distribution")
 
 
 class TrainState(NamedTuple):
@@ -46,6 +53,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--c", type=float, help="exploration coefficient of dst_ee")
     add("--eps", type=float)
     add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
+    add("--distribution", type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
     add("--rescale", action="store_true", help="sparse-aware initial scale")
     add("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
 

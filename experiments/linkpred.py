@@ -36,7 +36,8 @@ from experiments.methods import METHODS, optimizer
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
 EPOCHS = {"admm": 60}  # 20 dense, 20 of ADMM, 20 of retraining; 50 for the others
 NAMES = {"dense": "Dense", "admm": "Prune-from-dense", "dst_ee": "DST-EE"}
-# Accuracy (%) at 80, 90 and 98%, from the paper: Table 3 (wiki-talk), Table 4 (ia-email).
+SPARSITIES = (0.8, 0.9, 0.98)
+# Accuracy (%) at these, from the paper: Table 3 (wiki-talk), Table 4 (ia-email).
 PAPER = {
     "wiki-talk": {
         "dense": ("79.72",) * 3,
@@ -70,7 +71,10 @@ def logits(params: Any, embeddings: jax.Array, pairs: jax.Array) -> jax.Array:
 
 
 def embed(graph: graphs.Graph, split: graphs.Split, seed: int, walk_all: bool) -> np.ndarray:
-    """Embeddings of all nodes, scaled to a mean square of 1, from walks on the training edges."""
+    """Embeddings of all nodes, scaled to a mean square of 1.
+
+    From walks on the training edges, or on all. The scale is ours: skip-gram leaves any.
+    """
     used = np.ones_like(split.walked) if walk_all else split.walked
     found = walks.temporal_walks(
         graph.src[used], graph.dst[used], graph.time[used], graph.nodes, seed=seed
@@ -98,7 +102,7 @@ def train(
         sparsity=sparsity,
         total_steps=steps * epochs,
         key=jax.random.fold_in(key, 1),
-        distribution=dstee.uniform,
+        distribution="uniform",
         **options,
     )
     params = init_params(jax.random.fold_in(key, 0))
@@ -203,14 +207,15 @@ def table(runs: list[dict]) -> str:
         lines.append("| --- | --- |" + " --- |" * columns)
         for method in dict.fromkeys(r["method"] for r in rows):
             row = []
-            for i, s in enumerate(sparsities):
+            for s in sparsities:
                 cell = cells.get((method, 0.0 if method == "dense" else s), [])
                 text = records.mean_sd(r["accuracy"] for r in cell) if cell else ""
                 rivals = [v for (m, at), v in means.items() if at == s and m != "dense"]
                 if method != "dense" and cell and means[method, s] == max(rivals):
                     text = f"**{text}**"
                 row.append(text)
-                row += [paper.get(method, ("",) * 3)[i]] if paper else []
+                published = dict(zip(SPARSITIES, paper.get(method, ()), strict=False))
+                row += [published.get(s, "")] if paper else []
             epochs = next(r["epochs"] for r in rows if r["method"] == method)
             lines.append(f"| {NAMES.get(method, method)} | {epochs} | " + " | ".join(row) + " |")
         lines.append("")
@@ -224,7 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     masked = [name for name, m in METHODS.items() if m.trains == "masked" and not m.first_masks]
     add("--graph", type=Path, help="edge list: src dst time, or src dst weight time; gzip or not")
     add("--method", type=choice(masked), nargs="+", default=["dst_ee"], help=", ".join(masked))
-    add("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.98])
+    add("--sparsity", type=float, nargs="+", default=[*SPARSITIES])
     add("--seed", type=int, nargs="+", default=[0])
     add("--epochs", type=int, help="50 by default, 60 for admm")
     add("--every", type=int, help="steps between mask updates")

@@ -1,6 +1,6 @@
 """Methods by the names that the command lines take, and what each needs from a trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,19 @@ from dstee_jax.state import find_states
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure")
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
+
+
+def uniform_first_dense(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """The same sparsity for every layer but the first, which stays dense: it reads 3 channels."""
+    first = {name: 0.0 for name, shape in shapes.items() if len(shape) == 4 and shape[-2] == 3}
+    return dstee.uniform(shapes, sparsity) | first
+
+
+DISTRIBUTIONS = {
+    "erk": dstee.erk,
+    "uniform": dstee.uniform,
+    "uniform_first_dense": uniform_first_dense,
+}
 
 
 class Method(NamedTuple):
@@ -84,8 +97,9 @@ def optimizer(
         return inner
     names = (*names, "distribution")
     options = {name: value for name, value in options.items() if name in names}
-    if options.get("structure"):
-        options["structure"] = STRUCTURES[options["structure"]]
+    for name, named in (("structure", STRUCTURES), ("distribution", DISTRIBUTIONS)):
+        if options.get(name):
+            options[name] = named[options[name]]
     if masks is None:
         options["sparsity"] = sparsity
     return factory(

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ def _commit() -> str:
 def provenance() -> dict[str, Any]:
     """Command, commit, device and versions."""
     options = [a for i, a in enumerate(sys.argv[1:]) if not _is_path(sys.argv[1:], i)]
-    options = [Path(a).name if Path(a).is_absolute() or ".." in a else a for a in options]
+    options = [re.sub(r"(^|=|@)[^=@ ]*/", r"\1", option) for option in options]  # names of files
     return {
         "command": f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(options)}".strip(),
         "commit": _commit(),

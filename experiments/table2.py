@@ -24,13 +24,14 @@ from dstee_jax.masks import leaf_counts
 from dstee_jax.state import leaves_with_path, path_name
 from experiments.arguments import Parser
 from experiments.checkpoints import Checkpoints
+from experiments.methods import DISTRIBUTIONS
 from experiments.models import ResNet50
 
 EPOCHS, IMAGES = 100, 1_281_167
 DELTA_T = 100
 SPARSITIES = (0.8, 0.9)
 
-LAYOUTS = ["uniform", "uniform, first layer dense", "erk"]
+LAYOUTS = ["uniform", "uniform_first_dense", "erk"]
 # Method: distribution of its masks ('emerges' in training), ordinary steps between two dense
 # gradients (None: never), and the paper's columns: training and inference at 80%, then at 90%.
 ROWS: dict[str, tuple[str, int | None, tuple[str, str, str, str]]] = {
@@ -71,17 +72,12 @@ def cost(masks: Any = None) -> dstee.Flops:
 
 
 def masks_of(distribution: str, sparsity: float) -> Any:
-    """Masks of ResNet-50 by 'erk', 'uniform' or 'uniform, first layer dense'.
+    """Masks of ResNet-50 by one of the experiments' distributions.
 
     FLOPs depend on the number of active weights in each leaf alone: the first ones are active.
     """
     _, params = network()
-
-    def first_dense(shapes, sparsity):
-        return dstee.uniform(shapes, sparsity) | {"stem/conv/kernel": 0.0}
-
-    chosen = {"erk": dstee.erk, "uniform": dstee.uniform}.get(distribution, first_dense)
-    counts = leaf_counts(params, sparsity, chosen)
+    counts = leaf_counts(params, sparsity, DISTRIBUTIONS[distribution])
     masks = [
         optax.MaskedNode() if n is None else (np.arange(leaf.size) < n).reshape(leaf.shape)
         for n, leaf in zip(counts, jax.tree.leaves(params), strict=True)
@@ -111,10 +107,10 @@ def table(recorded: dict[str, dict[float, Any]]) -> str:
     lines = [f"| method | masks | {head} |", "| --- | --- |" + " --- | --- |" * 4]
     for method, (layout, every, paper) in ROWS.items():
         layouts = LAYOUTS[:2] if layout == "uniform" else [layout]
-        for one in layouts:
+        for one in ["recorded"] if method in recorded else layouts:
             cells = []
             for s in SPARSITIES:
-                f = recorded.get(method, {}).get(s) or costs.get((one, s))
+                f = recorded.get(method, costs).get(s if method in recorded else (one, s))
                 sparse = f.sparse if f else None
                 training = sparse and dstee.training_flops(dense, sparse, every=every) / (3 * dense)
                 cells += [_share(training), _share(sparse and sparse / dense)]

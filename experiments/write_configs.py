@@ -23,7 +23,7 @@ EXTENDED = {
 # Top-1 accuracy at 80 and 90%, and epochs where the paper gives them.
 TABLE_2 = {
     "dense": ("76.8 ± 0.09", "76.8 ± 0.09", 100),
-    "snip": ("not given", "not given", 100),
+    "snip": ("", "", 100),
     "grasp": ("72.1", "68.1", 150),
     "deep_r": ("71.7", "70.2", 100),
     "snfs": ("73.8", "72.3", 100),
@@ -90,6 +90,9 @@ def table_2() -> dict[str, str]:
         expected = f"{at_80}% top-1 accuracy"
         if method != "dense":
             expected = f"{at_80} and {at_90}% top-1 accuracy at 80 and 90%"
+        if not at_80:
+            expected = "no accuracy given"
+        uniform = table2.ROWS.get(method, ("",))[0] == "uniform"
         files[name] = text(
             f"Table 2: ResNet-50 on ImageNet, {method}, {epochs} epochs",
             f"{expected} (the paper); costs: python -m experiments.table2",
@@ -98,6 +101,7 @@ def table_2() -> dict[str, str]:
             "one machine with 8 GPUs, or a pod; the paper's batch is 128",
             work("imagenet", table2.IMAGES, epochs) + ", for each seed and sparsity",
             f"--method {method} --epochs {epochs} --batch 1024 --bf16",
+            *(["--distribution uniform"] if uniform else []),
         )
     return files
 

@@ -4,13 +4,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dstee_jax as dstee
 from dstee_jax.distributions import active_counts
+from tests import oracle
 
 SHAPES = {"a": (3, 3, 3, 64), "b": (3, 3, 64, 128), "c": (3, 3, 128, 512), "d": (512, 10)}
 

@@ -51,6 +51,13 @@ CASES = {
         W,
         64,
     ),
+    "inputs closed over": (lambda p, x: jnp.ones((1, 8)) @ p["w"], W, 64),
+    "one-hot of a constant": (lambda p, x: jnp.eye(8)[x[0, :1].astype(int)] @ p["w"], W, 64),
+    "experts": (
+        lambda p, x: jax.lax.ragged_dot(jnp.ones((5, 8)) * x, p["w"], jnp.array([1, 2, 2])),
+        jnp.ones((3, 8, 8)),
+        5 * 64,
+    ),
     "einsum over heads": (
         lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 2, 4)),
         W,
@@ -83,6 +90,70 @@ def test_a_scale_times_a_kernel_is_the_kernels():
 
     got = dstee.flops(apply, {"gain": jnp.ones(8), "kernel": W}, X)
     assert got.leaves == {"kernel": (128, 128)}
+
+
+def test_a_transformer_with_embeddings():
+    """Embedding, attention of 2 heads, linear: the masks reach every kernel."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(50, 8, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
+            self.head = nnx.Linear(8, 50, rngs=rngs)
+
+        def __call__(self, ids):
+            x = self.embed(ids)
+            return self.head(x + self.attention(x))
+
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+    apply = lambda p, ids: nnx.merge(graph, p, rest)(ids)  # noqa: E731
+    tx = dstee.transform(optax.sgd(0.1), sparsity=0.5, total_steps=200, key=jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, 5), jnp.int32)
+    got = dstee.flops(apply, params, ids, masks=tx.init(params))
+    kernels = 5 * (4 * 8 * 8 + 8 * 50)
+    assert got.other == 2 * 2 * 5 * 5 * 8  # scores and sums of attention
+    assert got.dense == 2 * kernels + got.other
+    assert abs(got.sparse - got.other - kernels) < 0.01 * kernels
+    assert len(got.leaves) == 5
+
+
+def test_concatenated_kernels_share_by_size():
+    params = {"q": jnp.ones((8, 16)), "k": jnp.ones((8, 4)), "v": jnp.ones((8, 4))}
+
+    def apply(p, x):
+        return x @ jnp.concatenate([p["q"], p["k"], p["v"]], axis=1)
+
+    got = dstee.flops(apply, params, X)
+    assert {k: v[0] for k, v in got.leaves.items()} == {"q": 256, "k": 64, "v": 64}
+    stacked = lambda p, x: scanned({"w": jnp.stack([p["a"], p["b"]])}, x)  # noqa: E731
+    assert dstee.flops(stacked, {"a": W, "b": W}, X).leaves == {"a": (128, 128), "b": (128, 128)}
+
+
+def test_shard_map_over_some_axes_counts_those():
+    mesh = jax.make_mesh((2, 4), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec("d")
+    apply = jax.shard_map(
+        lambda p, x: x @ p["w"],
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spec),
+        out_specs=spec,
+        axis_names={"d"},
+    )
+    assert dstee.flops(apply, {"w": W}, jnp.ones((8, 8))).dense == 2 * 8 * 64
+
+
+def test_kernels_that_cannot_be_read_are_said():
+    from jax.experimental import pallas as pl
+
+    def kernel(x_ref, w_ref, out_ref):
+        out_ref[...] = x_ref[...] @ w_ref[...]
+
+    def apply(p, x):
+        out = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+        return pl.pallas_call(kernel, out_shape=out, interpret=True)(x, p["w"])
+
+    with pytest.warns(UserWarning, match="Pallas kernel is not counted"):
+        assert dstee.flops(apply, {"w": W}, jnp.ones((8, 8))).dense == 0
 
 
 @pytest.mark.parametrize(

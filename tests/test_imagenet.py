@@ -134,7 +134,7 @@ def command(data_dir, work_dir, *extra):
     ]
 
 
-def start(data_dir, work_dir, *extra, devices=8):
+def start(data_dir, work_dir, *extra, devices=8, **options):
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command(data_dir, work_dir, *extra),
@@ -142,6 +142,7 @@ def start(data_dir, work_dir, *extra, devices=8):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"XLA_FLAGS": flags},
+        **options,
     )
 
 
@@ -216,16 +217,20 @@ def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
 
 
 def test_sigterm_saves_and_leaves(data_dir, whole, tmp_path):
-    process = start(data_dir, tmp_path, "--save_every=1000")
-    while not (tmp_path / "metrics.jsonl").exists():
+    """The signal reaches the whole process group, workers included, as a scheduler sends it."""
+    options = ["--save_every=1000", "--workers=1"]
+    process = start(data_dir, tmp_path, *options, start_new_session=True)
+    while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     assert "SIGTERM: saved at step" in finish(process)
     stopped = saved_step(tmp_path)
     assert 3 <= stopped < 12
-    assert f"from step {stopped}" in finish(start(data_dir, tmp_path, "--save_every=1000"))
+    assert f"from step {stopped}" in finish(start(data_dir, tmp_path, *options))
     for name, array in plain(whole).items():
         np.testing.assert_array_equal(plain(tmp_path)[name], array, err_msg=name)
+    (record,) = records.read(tmp_path / "runs.jsonl")
+    assert record["accuracy"] == records.read(whole / "runs.jsonl")[0]["accuracy"]
 
 
 # --- in this process
@@ -267,12 +272,22 @@ def test_methods_that_train_in_another_way(data_dir, tmp_path, method):
     if wanted:
         assert record["density"] == pytest.approx(wanted, abs=1e-4)
     again = run(data_dir, tmp_path, f"--method={method}", "--batch=16", "--steps=6")
-    assert again is None  # a finished run has nothing left to do
+    assert again == record  # a finished run has nothing left to do
 
 
-def test_not_finite(data_dir, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step [2-9].*learning_rate"):
-        run(data_dir, tmp_path, "--learning_rate=1e30", "--warmup_epochs=0")
+@pytest.mark.parametrize(
+    ("save_every", "message"),
+    [(100, r"loss is (nan|inf) at step [2-9]"), (1, r"a parameter is not finite after step [1-9]")],
+)
+def test_not_finite(data_dir, tmp_path, save_every, message):
+    options = [
+        "--learning_rate=1e4",
+        "--weight_decay=3e38",
+        "--warmup_epochs=0",
+        f"--save_every={save_every}",
+    ]
+    with pytest.raises(FloatingPointError, match=message + ".*--learning_rate.*another --work_dir"):
+        run(data_dir, tmp_path, *options)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +311,7 @@ def test_bad_input(data_dir, tmp_path, extra, message):
         (["--method=sis", "--shard_params"], "leave --shard_params out"),
         (["--coordinator=localhost:1"], "needs --num_processes and --process_id"),
         (["--method=snip", "--fake_data"], "leave --fake_data out"),
+        (["--work_dir=gs://bucket/run"], "is no directory: mount the bucket"),
     ],
 )
 def test_bad_arguments(extra, message, capsys):
@@ -316,7 +332,7 @@ def test_table_2_takes_recorded_masks(tmp_path, capsys):
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("| snfs"))
     # ERK at 90%, with a dense gradient on each step: (2 * 0.242 + 1) / 3.
-    assert row == ("| snfs | emerges | n/a | n/a | n/a | n/a | 0.495× | n/a | 0.242× | n/a |")
+    assert row == ("| snfs | recorded | n/a | n/a | n/a | n/a | 0.495× | n/a | 0.242× | n/a |")
     for given, message in [("snfs", "give METHOD=DIR"), (f"set={tmp_path}/no", "no checkpoint")]:
         with pytest.raises(SystemExit):
             table2.main(["--masks", given])
@@ -335,4 +351,4 @@ def test_table_2(capsys):
     assert "3.143e+18" in printed
     assert "0.416× | 0.23 | 0.414× | 0.42 | 0.244× | 0.10 | 0.242× | 0.24" in rows["| dst_eeerk"]
     assert "0.200× | 0.23 | 0.200×" in rows["| setuniform"]
-    assert "0.223× | 0.23 | 0.223× | 0.23 | 0.126×" in rows["| setuniform, first layer dense"]
+    assert "0.223× | 0.23 | 0.223× | 0.23 | 0.126×" in rows["| setuniform_first_dense"]

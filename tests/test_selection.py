@@ -4,13 +4,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dstee_jax.selection import drop_and_grow, largest
+from tests import oracle
 
 WAYS = ("top_k", "bisection")
 

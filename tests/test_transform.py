@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dstee_jax as dstee
 from dstee_jax import methods, scores
+from tests import oracle
 
 KEY = jax.random.key(0)
 
