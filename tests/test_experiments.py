@@ -111,7 +111,7 @@ def cifar_args(data_dir, tmp_path, *extra):
 @pytest.mark.parametrize(
     ("method", "epochs"),
     # SIS prunes after 2 of 3 epochs and after 4 of 6: stopped just before that, and after it.
-    [("dense", 3), ("dst_ee", 3), ("snfs", 3), ("str", 3), ("sis", 3), ("sis", 6)],
+    [("dst_ee", 3), ("snfs", 3), ("str", 3), ("sis", 3), ("sis", 6)],
 )
 def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, epochs, monkeypatch):
     options = [f"--method={method}", f"--epochs={epochs}"]
@@ -178,11 +178,11 @@ def test_switched_off_blocks_get_a_score():
     assert on["scale"].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("method", ["snip", "grasp", "synflow", "sis"])
+@pytest.mark.parametrize("method", ["snip", "synflow"])
 def test_cifar_keeps_chosen_masks(data_dir, tmp_path, method):
     record = cifar.run(cifar_args(data_dir, tmp_path, f"--method={method}", "--sparsity=0.9"))
     np.testing.assert_allclose(record["density"], 0.1, atol=1e-4)
-    assert record["R"] == (1.0 if method == "sis" else round(record["density"], 4))
+    assert record["R"] == round(record["density"], 4)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dense", "dst_ee")])
