@@ -235,8 +235,12 @@ def _loop(
 
 
 def _scan(eqn: Any, ins: list[_Origin]) -> tuple[list[_Origin], _Counts]:
-    n, m = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
-    outs, counts = _loop(eqn.params["jaxpr"], ins[:n], ins[n:m], ins[m:])
+    if "num_consts" in eqn.params:
+        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    else:  # from jax 0.12 on
+        consts, carry, _ = (len(part) for part in eqn.params["ft_in"].unpack())
+    fixed, carried, xs = ins[:consts], ins[consts : consts + carry], ins[consts + carry :]
+    outs, counts = _loop(eqn.params["jaxpr"], fixed, carried, xs)
     return outs, Counter({leaf: macs * eqn.params["length"] for leaf, macs in counts.items()})
 
 

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run, with notes as JSON, and TensorBoard events, in one directory."""
+"""Orbax checkpoints of a run, with notes as JSON."""
 
 import shutil
 from pathlib import Path
@@ -6,13 +6,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one go: who is killed meanwhile leaves the file as it was."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 class Checkpoints:
@@ -61,25 +54,3 @@ class Checkpoints:
         saved = self.manager.item_metadata(self.latest())["state"]
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
         return self.restore(like)[0]
-
-
-class Events:
-    """TensorBoard events of a run; writes on the first process alone."""
-
-    def __init__(self, directory: Path, first_step: int = 0):
-        """`first_step`: where the run goes on from; later events of an earlier run are hidden."""
-        from tensorboardX import SummaryWriter
-
-        path, purge = (
-            str(directory / "events"),
-            {"purge_step": first_step + 1} if first_step else {},
-        )
-        self.writer = SummaryWriter(path, **purge) if jax.process_index() == 0 else None
-
-    def add(self, step: int, **values: float) -> None:
-        """Add one value for each name, at a step."""
-        if self.writer is None:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()

@@ -14,9 +14,6 @@ where the devices compute the same twice. SIGTERM saves and leaves.
 
 import argparse
 import functools
-import json
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 
 from experiments import data, records, sis
 from experiments import imagenet_input as images
 from experiments.arguments import Parser, choice
-from experiments.checkpoints import Checkpoints, Events, write_whole
+from experiments.checkpoints import Checkpoints
 from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
 from experiments.methods import METHODS, measures
 from experiments.models import ResNet50, Small, count_weights
+from experiments.runs import Log, Preemption, check_same_command
 
 CLASSES = 1000
 # Mean and standard deviation of the channels of ImageNet's training images, in units of 255.
@@ -45,6 +41,9 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 SD = np.array([0.229, 0.224, 0.225], np.float32)
 MODELS = {"resnet50": functools.partial(ResNet50, large=True), "small": Small}
 SCORED = 512  # images that SNIP and GraSP see
+# Arguments that may change when a run goes on.
+FREE = {"data_dir", "work_dir", "results", "quiet", "log_every", "save_every", "eval_every"}
+FREE |= {"coordinator", "num_processes", "process_id", "distributed", "note"}
 PRUNED_FROM = 32  # images that SIS fits layers to
 
 
@@ -105,20 +104,6 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> tuple[jax.Array, j
     return make(sharding, batch["image"]), make(sharding, batch["label"])
 
 
-class Preemption:
-    """Whether somebody asked this run to end with SIGTERM; all processes agree on the step."""
-
-    def __init__(self):
-        self._asked = threading.Event()
-        if jax.process_count() == 1:  # with more, the coordination service has the signal
-            signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
-
-    def __call__(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return self._asked.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
-
-
 def check_finite(losses: list[jax.Array], step: int) -> np.ndarray:
     """The losses of the steps up to `step`, as numbers.
 
@@ -175,29 +160,18 @@ def some_images(examples: Any, args: argparse.Namespace, count: int) -> Any:
     return data.normalise(jnp.asarray(batch["image"]), jnp.float32, MEAN, SD), batch["label"]
 
 
-class Log:
-    """Lines on the console, JSON lines and TensorBoard events; on the first process alone."""
+class Setup(NamedTuple):
+    """The data and the learner of a run."""
 
-    def __init__(self, args: argparse.Namespace, first_step: int):
-        self.on = jax.process_index() == 0
-        self.print = Console(quiet=args.quiet or not self.on).print
-        self.events = Events(args.work_dir, first_step)
-        self.path = args.work_dir / "metrics.jsonl"
-        if self.on and self.path.exists():  # without what came after the last checkpoint
-            kept = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line in kept if json.loads(line)["step"] <= first_step]
-            write_whole(self.path, "".join(kept))
-
-    def write(self, step: int, **values: float) -> None:
-        self.events.add(step, **values)
-        if self.on:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+    train: Any  # examples, or None for random images
+    held_out: Any
+    per_epoch: int  # steps
+    total: int  # steps
+    learner: Learner
 
 
-def run(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Train, evaluate, and return the record; None if SIGTERM came first."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def set_up(args: argparse.Namespace, mesh: Mesh) -> Setup:
+    """Open the data, and make the network and its optimizer."""
     check_batch(args, mesh)
     train = None if args.fake_data else images.source("train", args.data_dir)
     held_out = None if args.fake_data else images.source("validation", args.data_dir)
@@ -224,37 +198,52 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         scored=some_images(train, args, min(SCORED, len(train))) if chooses else None,
         selection="bisection" if args.shard_params else "auto",
     )
+    return Setup(train, held_out, per_epoch, total, learner)
+
+
+def open_input(train: Any, args: argparse.Namespace) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of the training batches."""
+    if train is None:
+        return fake_batches(args)
+    return images.train_batches(
+        train,
+        batch=args.batch,
+        size=args.image_size,
+        seed=args.seed,
+        process=jax.process_index(),
+        processes=jax.process_count(),
+        workers=args.workers,
+    )
+
+
+def pruned(
+    setup: Setup, state: TrainState, args: argparse.Namespace, mesh: Mesh
+) -> tuple[Programs, TrainState]:
+    """SIS: the pruned state, and the functions that train it on."""
+    local = jax.tree.map(lambda x: jnp.asarray(x.addressable_data(0)), state)
+    x, _ = some_images(setup.train, args, min(PRUNED_FROM, len(setup.train)))
+    local = setup.learner.prune(local, x)
+    programs = compile_for(setup.learner, local, mesh, args.shard_params)
+    return programs, jax.device_put(local, programs.shardings)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Train, evaluate, and return the record; None if SIGTERM came first."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    setup = set_up(args, mesh)
+    learner, total = setup.learner, setup.total
     programs = compile_for(learner, jax.eval_shape(learner.init), mesh, args.shard_params)
     state = jax.jit(learner.init, out_shardings=programs.shardings)()
-
-    def pruned(state: TrainState) -> tuple[Programs, TrainState]:
-        local = jax.tree.map(lambda x: jnp.asarray(x.addressable_data(0)), state)
-        local = learner.prune(local, some_images(train, args, min(PRUNED_FROM, len(train)))[0])
-        programs = compile_for(learner, local, mesh, args.shard_params)
-        return programs, jax.device_put(local, programs.shardings)
-
     prune_at = round(sis.PRUNE_AT * total) if learner.trains == "pruned" else None
-    batches = (
-        fake_batches(args)
-        if train is None
-        else images.train_batches(
-            train,
-            batch=args.batch,
-            size=args.image_size,
-            seed=args.seed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-            workers=args.workers,
-        )
-    )
-    check_same_command(args)
+    batches = open_input(setup.train, args)
+    check_same_command(args, FREE)
     store = Checkpoints(args.work_dir, keep=True)
     first, notes = store.latest() or 0, {}
     if first:
         if prune_at is not None and first > prune_at:
-            programs, state = pruned(state)  # for its shapes
+            programs, state = pruned(setup, state, args, mesh)  # for its shapes
         state, notes = store.restore(state)
-        if train is not None:
+        if setup.train is not None:
             batches.set_state(notes["input"])
     log = Log(args, first)
     log.print(
@@ -269,14 +258,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if not programs.is_finite(state):
             raise FloatingPointError(f"a parameter is not finite after step {step}: {_REMEDY}")
         if step != store.latest():
-            position = None if train is None else batches.get_state()
+            position = None if setup.train is None else batches.get_state()
             store.save(step, state, {"input": position, "accuracy": accuracy, "speeds": speeds})
 
     preempted, losses, begin = Preemption(), [], time.perf_counter()
     density, explored = map(float, programs.measures(state.params, state.opt_state))
     for step in range(first + 1, total + 1):
         if step - 1 == prune_at:
-            programs, state = pruned(state)
+            programs, state = pruned(setup, state, args, mesh)
         state, loss = programs.step(state, *global_batch(next(batches), mesh))
         losses.append(loss)
         if step % args.log_every == 0 or step == total:
@@ -291,13 +280,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"{(total - step) * args.batch / speed / 60:.1f} min left"
             )
             losses, begin = [], time.perf_counter()
-        evaluates = held_out and (step % (args.eval_every * per_epoch) == 0 or step == total)
+        epoch_ends = step % (args.eval_every * setup.per_epoch) == 0
+        evaluates = setup.held_out and (epoch_ends or step == total)
         saves = step % args.save_every == 0 or step == total
         if evaluates or saves:
             jax.block_until_ready(loss)
         aside = time.perf_counter()  # what follows is not training
         if evaluates:
-            accuracy = evaluate(programs, state, held_out, args, mesh)
+            accuracy = evaluate(programs, state, setup.held_out, args, mesh)
             log.write(step, accuracy=accuracy)
             log.print(f"step {step:,}  validation {accuracy:.2f}%")
         if saves:
@@ -307,7 +297,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             log.print(f"SIGTERM: saved at step {step:,}; the same command goes on from there.")
             return None
         begin += time.perf_counter() - aside
-    if train is not None:
+    if setup.train is not None:
         batches.close()
     named = ("model", "method", "sparsity", "epochs", "batch", "image_size", "seed")
     options = (*OPTIONS, "bf16", "shard_params")
@@ -329,24 +319,6 @@ def check_batch(args: argparse.Namespace, mesh: Mesh) -> None:
     if args.batch % mesh.size:
         raise SystemExit(
             f"error: --batch {args.batch} must be a multiple of the {mesh.size} devices."
-        )
-
-
-def check_same_command(args: argparse.Namespace) -> None:
-    """Raise if `--work_dir` holds a run with other settings; remember these."""
-    free = {"data_dir", "work_dir", "results", "quiet", "log_every", "save_every", "eval_every"}
-    free |= {"coordinator", "num_processes", "process_id", "distributed", "note"}
-    own = {k: v for k, v in vars(args).items() if k not in free}
-    path = args.work_dir / "config.json"
-    if jax.process_index() == 0 and not path.exists():
-        write_whole(path, json.dumps(own, indent=1))
-    multihost_utils.sync_global_devices("config.json")
-    before = json.loads(path.read_text())
-    changed = [k for k in own if before.get(k, own[k]) != own[k]]
-    if changed:
-        was = ", ".join(f"--{k} {before[k]}" for k in changed)
-        raise SystemExit(
-            f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
         )
 
 

@@ -33,6 +33,16 @@ CASES = {
     "custom_vjp": (lambda p, x: doubled(x, p["w"]), W, 64),
     "vmap": (lambda p, x: jax.vmap(lambda row: row @ p["w"])(jnp.ones((5, 8)) * x), W, 5 * 64),
     "scan over the leaf": (scanned, jnp.ones((3, 8, 8)), 3 * 64),
+    "scan with a nested carry": (
+        lambda p, x: jax.lax.scan(
+            lambda c, _: ((c[1] @ p["w"], c[0] + 1, {"a": c[2]["a"] * 2}), c[0]),
+            (x, x, {"a": x}),
+            None,
+            length=3,
+        )[0],
+        W,
+        3 * 64,
+    ),
     "scan with the leaf": (
         lambda p, x: jax.lax.scan(lambda c, _: (c @ p["w"], None), x, None, length=7)[0],
         W,

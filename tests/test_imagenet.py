@@ -242,6 +242,17 @@ def run(data_dir, work_dir, *extra):
     return imagenet.run(args)
 
 
+def test_random_images_in_bfloat16(tmp_path, capsys):
+    command_ = command("nowhere", tmp_path, "--fake_data", "--bf16", "--steps=6")[3:]
+    imagenet.main(command_)
+    (record,) = records.read(tmp_path / "runs.jsonl")
+    assert (record["data"], record["options"]["bf16"]) == ("random images", True)
+    assert record["images_per_s"] > 0
+    assert list((tmp_path / "events").iterdir())
+    imagenet.main(command_)  # complete: nothing is trained or recorded again
+    assert len(records.read(tmp_path / "runs.jsonl")) == 1
+
+
 def test_sharded_parameters_train_the_same(data_dir, whole, tmp_path):
     record = run(data_dir, tmp_path, "--shard_params")
     assert record["density"] == pytest.approx(0.1, abs=1e-4)
