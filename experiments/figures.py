@@ -62,9 +62,9 @@ def figure1(runs: list[dict]) -> Figure:
     axis.set_xticks(
         place, [name.removesuffix("/kernel") for name in layers], rotation=30, ha="right"
     )
-    axis.set(ylabel="important weights ignored (%)", ylim=(0, 105))
+    axis.set(ylabel="important weights ignored (%)", ylim=(0, 122))
     axis.set_title(f"{run['model']}, {run['data']}, {run['sparsity']:.0%} sparse, step 1000")
-    axis.legend(loc="lower right", framealpha=0.9)
+    axis.legend(loc="upper center", ncols=3, frameon=False)
     return figure
 
 
@@ -200,6 +200,11 @@ def theory(runs: list[dict]) -> Figure:
     return figure
 
 
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """For sorting layers: block 2 comes before block 10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("/")]
+
+
 def masks(work_dir: Path) -> Figure:
     """Densities of the layers, and how many inputs each output unit of the largest ones reads."""
     state = Checkpoints(work_dir, keep=True).restore_plain()["opt_state"]
@@ -211,12 +216,15 @@ def masks(work_dir: Path) -> Figure:
         path_name(path).removesuffix("/value").removesuffix("/kernel"): np.asarray(mask)
         for path, mask in jax.tree_util.tree_leaves_with_path(state["masks"])
     }
-    counters = [np.asarray(c) for c in jax.tree.leaves(state["counters"])]
-    explored = [float((c > 0).mean()) for c in counters]
+    counters = map(np.asarray, jax.tree.leaves(state["counters"]))
+    explored = {name: (counter > 0).mean() for name, counter in zip(found, counters, strict=True)}
+    found = dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     place = np.arange(len(found))
     density = [100 * m.mean() for m in found.values()]
-    axes[0].bar(place, [100 * e for e in explored], color="#BBBBBB", label="ever active")
+    axes[0].bar(
+        place, [100 * explored[name] for name in found], color="#BBBBBB", label="ever active"
+    )
     axes[0].bar(place, density, 0.5, color="#0072B2", label="active", hatch="//", edgecolor="w")
     step = max(len(found) // 20, 1)
     axes[0].set_xticks(place[::step], list(found)[::step], rotation=60, ha="right", fontsize=7)
