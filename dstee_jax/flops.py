@@ -185,8 +185,8 @@ def _product(ins: list[_Origin], macs: int) -> tuple[list[_Origin], _Counts]:
 
     a, b = ins
     weights = [one for one, other in ((a, b), (b, a)) if not is_data(one, other)]
-    if len(weights) == 2:  # a low-rank kernel: what comes out is no leaf, and not sparse
-        return [_CONSTANT], Counter({None: macs})
+    if a and b and len(weights) == 2:  # a low-rank kernel: no leaf, and not sparse; or embeddings
+        return [None if a.looked_up else _CONSTANT], Counter({None: macs})
     if not weights or weights[0] is None:
         return [_join(ins)], Counter({None: macs})
     leaves = sorted(weights[0].leaves)

@@ -127,6 +127,21 @@ def test_a_transformer_with_embeddings():
     assert len(got.leaves) == 5
 
 
+def test_products_of_embeddings_are_data():
+    def apply(p, ids):
+        rows = p["embed"][ids]  # (8, 4)
+        return (rows @ rows.T) @ p["w"]  # 8 * 8 * 4, then 8 * 64 for w
+
+    params = {"embed": jnp.ones((30, 4)), "w": W}
+    got = dstee.flops(
+        apply,
+        params,
+        jax.ShapeDtypeStruct((8,), jnp.int32),
+        masks={"embed": optax.MaskedNode(), "w": QUARTER},
+    )
+    assert got == dstee.Flops(512 + 1024, 512 + 256, {"w": (1024, 256)}, 512)
+
+
 def test_concatenated_kernels_share_by_size():
     params = {"q": jnp.ones((8, 16)), "k": jnp.ones((8, 4)), "v": jnp.ones((8, 4))}
 
