@@ -134,6 +134,8 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     trainer = Trainer(args, len(images), seed, scored)
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
+    if scored is not None:
+        print_(dstee.summary(state.opt_state))
     store = Checkpoints(args.work_dir, keep=args.resume) if args.work_dir else None
     pruned = trainer.learner.trains == "pruned"
     prune_at = round(sis.PRUNE_AT * args.epochs) if pruned else None

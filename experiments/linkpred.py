@@ -139,11 +139,14 @@ def train(
         # A network counts once it is as sparse as asked for.
         if density <= 1 - sparsity + 0.01 and (best is None or found > best[0]):
             best = found, density, params
+    first, second = (best[2][f"layer_{i}"]["kernel"] != 0 for i in (0, 1))
     return {
         "accuracy": float(accuracy(best[2], split.test)),
         "validation_accuracy": best[0],
         "last_accuracy": float(accuracy(params, split.test)),
         "density": round(best[1], 4),
+        # weights of the first layer whose hidden unit the second one reads
+        "connected": [int(jnp.sum(first & second[:, 0])), int(jnp.sum(first))],
     }
 
 
@@ -168,7 +171,8 @@ def run(args: argparse.Namespace) -> None:
                 seconds = time.perf_counter() - begin
                 print_(
                     f"{method} at {sparsity:.0%}: test {result['accuracy']:.2f}%  validation "
-                    f"{result['validation_accuracy']:.2f}%  ({seconds:.0f} s)"
+                    f"{result['validation_accuracy']:.2f}%  connected "
+                    f"{result['connected'][0]} of {result['connected'][1]}  ({seconds:.0f} s)"
                 )
                 record = {
                     "graph": args.note or name,
