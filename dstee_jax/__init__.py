@@ -12,8 +12,10 @@ from dstee_jax import (
     soft_threshold,
     structures,
 )
+from dstee_jax.allreduce import pmean, replicas_agree
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.flops import Flops, flops, training_flops
+from dstee_jax.fused import apply
 from dstee_jax.masks import apply_masks, init_masks, kernels
 from dstee_jax.metrics import (
     density,
@@ -24,6 +26,7 @@ from dstee_jax.metrics import (
 )
 from dstee_jax.rescale import rescale
 from dstee_jax.selection import drop_and_grow
+from dstee_jax.shardings import state_shardings
 from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
 from dstee_jax.transform import transform
 
@@ -33,6 +36,7 @@ __all__ = [
     "Flops",
     "Leaf",
     "SparseState",
+    "apply",
     "apply_masks",
     "at_init",
     "density",
@@ -51,10 +55,13 @@ __all__ = [
     "methods",
     "penalties",
     "plans",
+    "pmean",
+    "replicas_agree",
     "rescale",
     "scores",
     "seed_axes",
     "soft_threshold",
+    "state_shardings",
     "structures",
     "summary",
     "training_flops",

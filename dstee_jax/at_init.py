@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from dstee_jax import distributions
+from dstee_jax.bisection import largest_of_all
 from dstee_jax.masks import Where, init_masks, kernels
-from dstee_jax.selection import largest_of_all
 from dstee_jax.state import PyTree, is_dense, leaves_with_path, path_name
 
 Loss = Callable[[PyTree, Any], jax.Array]

@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.selection import largest_of_all
+from dstee_jax.bisection import largest_of_all
 
 Activation = Literal["relu", "identity"]
 

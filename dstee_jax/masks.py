@@ -1,7 +1,6 @@
 """Masks: which leaves are sparse, random masks of exact counts, and applying them."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +9,10 @@ import numpy as np
 import optax
 
 from dstee_jax import distributions
+from dstee_jax.bisection import INDEX, Keys, chosen
+from dstee_jax.counts import Count, Layout, Sparsity, Where, leaf_counts, total
 from dstee_jax.distributions import Distribution
-from dstee_jax.selection import largest_bits
+from dstee_jax.parts import Grid, inner_axes, join, sharding_of, split
 from dstee_jax.state import (
     PyTree,
     check_key,
@@ -22,9 +23,6 @@ from dstee_jax.state import (
     path_name,
 )
 from dstee_jax.structures import Structure
-
-Where = Callable[[Any, Any], bool]
-Sparsity = float | Mapping[str, float]
 
 _DENSE_NAMES = ("bias", "scale", "embedding")
 
@@ -44,44 +42,28 @@ def kernels(path: Any, leaf: Any) -> bool:
     return not any(word in path_name(path).lower() for word in _DENSE_NAMES)
 
 
-def leaf_counts(
-    params: PyTree,
-    sparsity: Sparsity,
-    distribution: Distribution = distributions.erk,
-    where: Where = kernels,
-    structure: Structure | None = None,
-) -> list[int | None]:
-    """Exact active count of each leaf of `params` in leaf order, None where it stays dense.
+def random_mask(
+    key: jax.Array, shape: tuple[int, ...], count: Count, grid: Grid | None = None, like: Any = None
+) -> jax.Array:
+    """Random bool array with exactly `count` entries set in each part of `grid`.
 
-    Raises:
-      ValueError: `where` selects no leaf, or the sparsity is impossible.
+    Lies on devices as `like` does, if that is an array over several.
     """
-    leaves = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
-    names = [path_name(path) if where(path, leaf) else None for path, leaf in leaves]
-    shapes = {
-        name: tuple(leaf.shape)
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-        if name is not None
-    }
-    if leaves and not shapes:
-        raise ValueError(
-            "where selects none of the leaves "
-            f"{[path_name(path) for path, _ in leaves]}: pass where=lambda path, leaf: ... that "
-            "is True for at least one."
-        )
-    if len(shapes) != len(names) - names.count(None):
-        raise ValueError(f"two leaves have the same name among {names}: rename one.")
-    counts = distributions.active_counts(shapes, sparsity, distribution)
-    if structure is not None:
-        counts = {name: structure.count(shapes[name], n) for name, n in counts.items()}
-    return [None if name is None else counts[name] for name in names]
+    grid = (1,) * len(shape) if grid is None else grid
 
+    def draw() -> jax.Array:
+        explicit = None if like is None else sharding_of(like)
+        if total(count) >= math.prod(shape):
+            return jnp.ones(shape, bool, out_sharding=explicit)
+        bits = split(jax.random.bits(key, shape, jnp.uint32, out_sharding=explicit), grid)
+        inner = inner_axes(shape, grid)
+        keys = Keys(bits, inner, math.prod(shape) // max(math.prod(grid), 1))
+        return join(chosen([keys], jnp.asarray(count, INDEX))[0], shape, grid)
 
-def random_mask(key: jax.Array, shape: tuple[int, ...], count: int) -> jax.Array:
-    """Bool array of `shape` with exactly `count` entries set, uniformly at random."""
-    if count >= math.prod(shape):
-        return jnp.ones(shape, bool)
-    return largest_bits([jax.random.bits(key, shape, jnp.uint32)], jnp.uint32(count))[0]
+    place = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding) and not isinstance(key, jax.core.Tracer):
+        return jax.jit(draw, out_shardings=place)()
+    return draw()
 
 
 def init_masks(
@@ -121,18 +103,56 @@ def init_masks(
 
 def masks_of_counts(
     params: PyTree,
-    counts: list[int | None],
+    counts: list[Count | None],
     key: jax.Array,
     structure: Structure | None = None,
+    layout: Layout | None = None,
 ) -> PyTree:
-    """Random masks with the given count in each leaf, `MaskedNode` where it is None."""
-    draw = random_mask if structure is None else structure.random_mask
+    """Random masks with the given count in each leaf (or part), `MaskedNode` where it is None."""
+    layout = layout or Layout(params, None, None)
     leaves, treedef = jax.tree.flatten(params)
-    masks = [
-        optax.MaskedNode() if n is None else draw(jax.random.fold_in(key, i), leaf.shape, n)
-        for i, (leaf, n) in enumerate(zip(leaves, counts, strict=True))
-    ]
+    masks = []
+    for i, (leaf, count) in enumerate(zip(leaves, counts, strict=True)):
+        key_ = jax.random.fold_in(key, i)
+        if count is None:
+            masks.append(optax.MaskedNode())
+        elif structure is None:
+            masks.append(random_mask(key_, leaf.shape, count, layout.grids[i], leaf))
+        else:
+            shape, axes = layout.unstacked(i).shape, layout.stacks[i]
+            masks.append(stacked_masks(structure, key_, shape, count, leaf.shape, axes))
     return jax.tree.unflatten(treedef, masks)
+
+
+def stacked_masks(
+    structure: Structure,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    count: Count,
+    whole: tuple[int, ...],
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """Random masks of a structure for all layers of a leaf."""
+    if not axes:
+        return structure.random_mask(key, shape, int(count))
+    counts = np.broadcast_to(count, [whole[axis] for axis in axes])
+    keys = jax.random.split(key, counts.size)
+    masks = [
+        structure.random_mask(k, shape, int(n)) for k, n in zip(keys, counts.flat, strict=True)
+    ]
+    stacked = jnp.stack(masks).reshape(*counts.shape, *shape)
+    return jnp.moveaxis(stacked, range(len(axes)), axes)
+
+
+def lay(mask: Any, like: Any) -> jax.Array:
+    """A copy of a mask that lies on devices as `like` does."""
+    mask = jnp.array(mask)
+    if isinstance(like, jax.core.Tracer):
+        explicit = sharding_of(like)
+        return mask if explicit is None else jax.sharding.reshard(mask, explicit)
+    place = getattr(like, "sharding", None)
+    spread = isinstance(place, jax.sharding.NamedSharding) and not isinstance(mask, jax.core.Tracer)
+    return jax.device_put(mask, place) if spread else mask
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:

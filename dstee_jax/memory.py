@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.selection import largest_of_all
+from dstee_jax.bisection import largest_of_all
+from dstee_jax.parts import sharding_of
 from dstee_jax.state import Leaf, PyTree, RuleState, is_dense, mask_leaves, replace_leaves
 
 
@@ -57,7 +58,8 @@ def signs() -> Memory:
     """
 
     def init(param: jax.Array, key: jax.Array) -> jax.Array:
-        return jnp.where(param == 0, jax.random.bernoulli(key, 0.5, param.shape), param > 0)
+        coin = jax.random.bernoulli(key, 0.5, param.shape, out_sharding=sharding_of(param))
+        return jnp.where(param == 0, coin, param > 0)
 
     return Memory(init, lambda leaf: leaf.rule_state)
 
@@ -90,34 +92,57 @@ def admm(start: int, stop: int, every: int) -> Memory:
 
 
 def first_rule_state(
-    memory: Memory | None, plan_state: Any, params: PyTree, masks: PyTree, key: jax.Array
+    memory: Memory | None,
+    plan_state: Any,
+    params: PyTree,
+    masks: PyTree,
+    key: jax.Array,
+    sums_gradients: bool,
 ) -> Any:
     """`()`, or the RuleState of a method that keeps something of its own."""
-    if memory is None:
-        return RuleState((), plan_state) if jax.tree.leaves(plan_state) else ()
+    if memory is None and not sums_gradients:
+        return RuleState((), plan_state, ()) if jax.tree.leaves(plan_state) else ()
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
-        return RuleState(params, plan_state)
-    kept = [
-        mask if is_dense(mask) else memory.init(jnp.asarray(leaf), jax.random.fold_in(key, i))
-        for i, (leaf, mask) in enumerate(zip(leaves, mask_leaves(masks, params), strict=True))
-    ]
-    return RuleState(jax.tree.unflatten(treedef, kept), plan_state)
+        return RuleState(params, plan_state, params)
+
+    def each(make: Callable[[jax.Array, jax.Array], jax.Array]) -> PyTree:
+        kept = [
+            mask if is_dense(mask) else make(jnp.asarray(leaf), jax.random.fold_in(key, i))
+            for i, (leaf, mask) in enumerate(zip(leaves, mask_leaves(masks, params), strict=True))
+        ]
+        return jax.tree.unflatten(treedef, kept)
+
+    def zeros(param: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.zeros_like(param, jnp.promote_types(param.dtype, jnp.float32))
+
+    return RuleState(
+        () if memory is None else each(memory.init),
+        plan_state,
+        each(zeros) if sums_gradients else (),
+    )
 
 
-def recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree]:
-    """Each leaf's memory, () where there is none, and the plan's state."""
-    memory, plan_state = rule_state or ((), ())
-    if jax.tree.leaves(memory):
-        return mask_leaves(memory, params), plan_state
-    return [()] * len(jax.tree.leaves(params)), plan_state
+def recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree, list[Any]]:
+    """Each leaf's memory (`()` where there is none), the plan's state, sums of gradients."""
+    memory, plan_state, sums = rule_state or ((), (), ())
+
+    def each(tree: PyTree) -> list[Any]:
+        if jax.tree.leaves(tree):
+            return mask_leaves(tree, params)
+        return [()] * len(jax.tree.leaves(params))
+
+    return each(memory), plan_state, each(sums)
 
 
-def remember(rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree) -> Any:
-    """`rule_state` with new memories and a new plan's state."""
+def remember(
+    rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree, sums: list[Any]
+) -> Any:
+    """`rule_state` with new memories, a new plan's state and new sums of gradients."""
     if not rule_state:
         return rule_state
-    memory = rule_state.memory
-    if jax.tree.leaves(memory):
-        memory = replace_leaves(memory, params, kept)
-    return RuleState(memory, plan_state)
+
+    def each(tree: PyTree, new: list[Any]) -> PyTree:
+        return replace_leaves(tree, params, new) if jax.tree.leaves(tree) else tree
+
+    return RuleState(each(rule_state.memory, kept), plan_state, each(rule_state.gradients, sums))

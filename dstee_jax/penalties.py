@@ -6,6 +6,7 @@ Each is a function of one leaf, as a score is.
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.parts import sharding_of
 from dstee_jax.scores import Score
 from dstee_jax.state import Leaf
 
@@ -21,7 +22,9 @@ def l1_with_noise(l1: float = 1e-5, noise: float = 1e-5) -> Score:
 
     def penalty(leaf: Leaf) -> jax.Array:
         sign = jnp.where(leaf.rule_state, 1.0, -1.0)
-        return l1 * sign + noise * jax.random.normal(leaf.key, leaf.param.shape)
+        return l1 * sign + noise * jax.random.normal(
+            leaf.key, leaf.param.shape, out_sharding=sharding_of(leaf.param)
+        )
 
     return penalty
 

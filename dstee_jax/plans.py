@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.bisection import largest_of_all
 from dstee_jax.schedule import portion
 from dstee_jax.scores import Score
-from dstee_jax.selection import largest_of_all
 from dstee_jax.state import Leaf
 
 Counts = Sequence[jax.Array | int]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -40,11 +41,26 @@ class Rounds:
 
     def is_round(self, count: jax.Array) -> jax.Array:
         """Whether step `count` (int32, from 1) is a mask step; bool, shape ()."""
+        return self.until(count) == 0
+
+    def until(self, count: jax.Array) -> jax.Array:
+        """Steps from `count` to the next mask step, 0 on one; int32, large where none follows."""
+        never = jnp.iinfo(jnp.int32).max
         if not self.every:
-            return jnp.zeros((), bool)
+            return jnp.full_like(count, never)
         if self.steps is not None:
-            return jnp.any(jnp.array(self.steps, jnp.int32) == count)
-        return (count % self.every == 0) & (count >= self.first) & (count <= self.last)
+            steps = jnp.array(self.steps, jnp.int32)
+            return jnp.min(jnp.where(steps >= count, steps - count, never))
+        begin = jnp.maximum(count, max(self.first, 1))
+        following = (begin + self.every - 1) // self.every * self.every
+        return jnp.where(following <= self.last, following - count, never)
+
+    @property
+    def shortest(self) -> int:
+        """Fewest steps from one round to the next, or to the first."""
+        if self.steps is None:
+            return self.every
+        return min(b - a for a, b in itertools.pairwise((0, *self.steps)))
 
     def number(self, count: jax.Array) -> jax.Array:
         """Which round the mask step `count` is, from 1; int32, shape ()."""

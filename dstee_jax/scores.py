@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.parts import sharding_of
 from dstee_jax.state import Leaf
 
 Score = Callable[[Leaf], jax.Array]
@@ -70,7 +71,12 @@ def random() -> Score:
       Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
       connectivity inspired by network science", 2018.
     """
-    return lambda leaf: jax.random.uniform(leaf.key, leaf.param.shape, jnp.float32)
+
+    def score(leaf: Leaf) -> jax.Array:
+        place = sharding_of(leaf.param)
+        return jax.random.uniform(leaf.key, leaf.param.shape, jnp.float32, out_sharding=place)
+
+    return score
 
 
 def acquisition(

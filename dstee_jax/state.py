@@ -22,6 +22,8 @@ class SparseState(NamedTuple):
     counters: PyTree  # uint16, shape of the parameter: rounds a weight was active, saturating
     rule_state: PyTree  # (), or the RuleState of a method that keeps something of its own
     inner_state: PyTree  # state of the inner optimizer, () without one
+    needs_dense: jax.Array  # bool, shape (): whether the next update reads inactive gradients
+    indices: PyTree = ()  # with packed= or indices=: uint32, where the active weights of a leaf are
 
 
 class RuleState(NamedTuple):
@@ -29,6 +31,7 @@ class RuleState(NamedTuple):
 
     memory: PyTree  # the structure of masks, an array for each sparse leaf; () if none is kept
     plan: PyTree  # () if the plan keeps nothing
+    gradients: PyTree = ()  # with grow_batches=: float32 sums of dense gradients, as memory
 
 
 class Leaf(NamedTuple):
@@ -198,7 +201,10 @@ def seed_axes(opt_state: PyTree) -> PyTree:
       >>> states.count.shape, states.masks["kernel"].shape
       ((), (3, 4, 4))
     """
-    counters = {SparseState: ("count",), optax.MultiStepsState: ("mini_step", "gradient_step")}
+    counters = {
+        SparseState: ("count", "needs_dense"),
+        optax.MultiStepsState: ("mini_step", "gradient_step"),
+    }
 
     def axes(node: Any) -> Any:
         names = counters.get(type(node))

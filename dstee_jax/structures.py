@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dstee_jax.selection import drop_and_grow, largest, largest_bits
+from dstee_jax.bisection import largest_bits
+from dstee_jax.selection import drop_and_grow, largest
 
 Shape = tuple[int, ...]
 

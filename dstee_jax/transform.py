@@ -1,6 +1,5 @@
 """`transform`: drop-and-grow as an optax transformation that keeps parameters sparse itself."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,26 +8,17 @@ import optax
 
 from dstee_jax import distributions, plans, scores
 from dstee_jax import masks as masks_lib
+from dstee_jax.counts import Blocks, Sparsity, StackAxes, Where
 from dstee_jax.distributions import Distribution
-from dstee_jax.masks import Sparsity, Where, kernels
-from dstee_jax.memory import Memory, first_rule_state, recall, remember
-from dstee_jax.moments import merge
+from dstee_jax.masks import kernels
+from dstee_jax.memory import Memory
 from dstee_jax.plans import Plan
-from dstee_jax.rule import Rule, update_topology
+from dstee_jax.rule import Rule
 from dstee_jax.schedule import DropFraction, Every, make_rounds
 from dstee_jax.scores import Score
 from dstee_jax.selection import Selection
-from dstee_jax.state import (
-    Leaf,
-    LeafWithoutGrad,
-    PyTree,
-    SparseState,
-    check_key,
-    copy_key,
-    is_dense,
-    mask_leaves,
-    replace_leaves,
-)
+from dstee_jax.state import PyTree, check_key
+from dstee_jax.step import Sparse
 from dstee_jax.structures import Structure
 
 
@@ -57,6 +47,11 @@ def transform(
     counter_update: str = "new",
     counter_dtype: Any = jnp.uint16,
     selection: Selection = "auto",
+    stack_axes: StackAxes | None = None,
+    blocks: Blocks | None = None,
+    packed: bool = False,
+    indices: bool = False,
+    grow_batches: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Dynamic sparse training, DST-EE by default, as an optax transformation.
 
@@ -111,8 +106,22 @@ def transform(
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
         before it.
       counter_dtype: unsigned integer type; counters saturate.
-      selection: `'auto'`, `'top_k'` or `'bisection'`; take `'bisection'` for arrays that are
-        sharded over Auto mesh axes.
+      selection: `'top_k'`, or the bisection (`'auto'` and `'bisection'`): same result. The
+        bisection takes all leaves in one loop and gathers no sharded array.
+      stack_axes: `(path, leaf) -> axes` that stack layers, as the first one of a scanned
+        block: `lambda path, leaf: (0,) if "blocks" in str(path) else ()`. Each layer keeps its
+        own count, and `where`, the distribution and the scores see it as a leaf of its own.
+      blocks: `(path, leaf) -> parts` of each axis, as (8, 1): each of the equal blocks keeps
+        its own count, and what is done within a block stays on the device that holds it. For
+        packed leaves that are sharded (see docs/scaling.md). It changes the masks, whatever
+        the number of devices.
+      packed: `inner` sees, and keeps moments for, the active weights only. Its state's leaves
+        must be scalars or have one value for each weight. Same masks and parameters. Mask
+        steps carry the moments of surviving weights over.
+      indices: keep the positions of the active weights in the state, 4 bytes each, for
+        `dstee.pmean`; `packed` has them anyway.
+      grow_batches: rounds see the mean gradient of the last n steps, the mask step's among
+        them, in place of the mask step's own. At most `every`. Takes 4 bytes a weight.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `SparseState`. Its `update` needs
@@ -158,7 +167,6 @@ def transform(
         raise ValueError(f"inner={inner!r} is not an optimizer: call it, as optax.adam(1e-3).")
     check_key(key)
     distributions.check_sparsity(sparsity)
-    target: Sparsity = 0.0 if sparsity is None else sparsity
     if penalty is not None and inner is None:
         raise ValueError("penalty= changes the gradient that reaches inner: give an optimizer.")
     if structure is not None and plan is not None and not plan.exchanges:
@@ -181,166 +189,41 @@ def transform(
         counter_update=counter_update,
         selection=selection,
     )
-    wrapped = None if inner is None else optax.with_extra_args_support(inner)
-
-    def counts_of(params: PyTree) -> tuple[list[int | None], list[int | None]]:
-        """Active weights of each leaf at the asked sparsity and at step 0, None where dense."""
-        if masks is not None:
-            given = mask_leaves(masks, params)
-            traced = [isinstance(mask, jax.core.Tracer) for mask in given]
-            known = [
-                None if is_dense(mask) or t else int(mask.sum())
-                for mask, t in zip(given, traced, strict=True)
-            ]
-            return known, known
-
-        def spread(sparsity: Sparsity) -> list[int | None]:
-            return masks_lib.leaf_counts(params, sparsity, distribution, where, structure)
-
-        return spread(target), rule.plan.first_counts(params, spread(target), spread)
-
-    def init(params: PyTree) -> SparseState:
-        leaves, treedef = jax.tree.flatten(params)
-        if not leaves:  # optax.tree.map_params asks with a placeholder that has no leaves
-            first = counters = params
-        else:
-            if masks is None:
-                first = masks_lib.masks_of_counts(params, counts_of(params)[1], key, structure)
-            else:
-                masks_lib.check_masks(masks, params)
-                given = mask_leaves(masks, params)
-                given = [m if is_dense(m) else jnp.array(m) for m in given]
-                first = jax.tree.unflatten(treedef, given)
-            begin = jnp.array if counter_init == "masks" else jnp.zeros_like
-            counters = jax.tree.map(lambda m: begin(m, counter_dtype), first)
-        return SparseState(
-            count=jnp.zeros((), jnp.int32),
-            key=copy_key(key),
-            masks=first,
-            counters=counters,
-            rule_state=first_rule_state(memory, rule.plan.init(), params, first, key),
-            inner_state=() if wrapped is None else wrapped.init(params),
-        )
-
-    def update(
-        updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
-    ) -> tuple[PyTree, SparseState]:
-        if params is None:
-            raise ValueError(
-                "dstee.transform needs the parameters: call tx.update(grads, opt_state, params)."
-            )
-        leaves, treedef = jax.tree.flatten(params)
-        weights = [jnp.asarray(leaf) for leaf in leaves]
-        grads = updates if wrapped is not None else extra.get("grad")
-        outgoing = _leaves_like(treedef, updates, "grads")
-        dense_grads: list[Any] = [None] * len(weights)
-        if grads is not None:
-            dense_grads = _leaves_like(treedef, grads, "grad=")
-        masks_now = mask_leaves(state.masks, params)
-        counters = mask_leaves(state.counters, params)
-        targets, starts = counts_of(params)
-        # A mask that is all ones for ever costs nothing: its leaf is treated as dense.
-        stays = rule.plan.exchanges
-        full = [stays and n == w.size for n, w in zip(targets, weights, strict=True)]
-        old = [optax.MaskedNode() if f else m for f, m in zip(full, masks_now, strict=True)]
-        count = optax.safe_increment(state.count)
-        kept, plan_state = recall(state.rule_state, params)
-
-        def view(i: int, param: jax.Array) -> Leaf:
-            return (Leaf if dense_grads[i] is not None else LeafWithoutGrad)(
-                param=_masked(masks_now[i], param),
-                grad=dense_grads[i],
-                mask=masks_now[i],
-                counter=counters[i],
-                key=jax.random.fold_in(jax.random.fold_in(state.key, count), i),
-                count=count,
-                rule_state=kept[i],
-                target=targets[i],
-            )
-
-        sparse = [i for i, mask in enumerate(masks_now) if not is_dense(mask)]
-        if penalty is not None:
-            for i in sparse:
-                leaf = view(i, weights[i])
-                term = penalty(leaf._replace(key=jax.random.fold_in(leaf.key, 2)))
-                outgoing[i] = outgoing[i] + term.astype(outgoing[i].dtype)
-        if memory is not None:
-            for i in sparse:
-                kept[i] = memory.update(view(i, weights[i]))
-
-        outgoing = [_masked(m, u) for m, u in zip(old, outgoing, strict=True)]
-        inner_state = state.inner_state
-        if wrapped is not None:
-            active_grads = jax.tree.unflatten(treedef, outgoing)
-            step, inner_state = wrapped.update(active_grads, inner_state, params, **extra)
-            outgoing = jax.tree.leaves(step)
-
-        def moved(i: int) -> Leaf:
-            w = weights[i]
-            return view(i, w + outgoing[i].astype(w.dtype) if update_weights else w)
-
-        is_round, new, counters, plan_state = update_topology(
-            rule, rounds, targets, starts, moved, masks_now, counters, count, plan_state
-        )
-        # Alive: active before and after. What has just grown starts at zero, like the rest.
-        alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
-        frozen = False if update_weights else is_round
-        emitted = [_emit(*row, frozen) for row in zip(alive, outgoing, weights, strict=True)]
-        if wrapped is not None:
-            start_params = jax.tree.unflatten(treedef, map(_masked, alive, weights))
-            inner_state = merge(
-                inner_state,
-                state.inner_state,
-                wrapped.init(start_params),
-                params,
-                functools.partial(_moment, alive, frozen),
-            )
-        return jax.tree.unflatten(treedef, emitted), SparseState(
-            count=count,
-            key=state.key,
-            masks=replace_leaves(state.masks, params, new),
-            counters=replace_leaves(state.counters, params, counters),
-            rule_state=remember(state.rule_state, params, kept, plan_state),
-            inner_state=inner_state,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _masked(mask: Any, x: jax.Array) -> jax.Array:
-    """Zero where the mask is False; x itself for a dense leaf."""
-    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
-
-
-def _freeze(frozen: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`old` on a mask step; `new` itself, with no select, where there can be none."""
-    return new if frozen is False else jnp.where(frozen, old, new)
-
-
-def _emit(alive: Any, update: jax.Array, weight: jax.Array, frozen: Any) -> jax.Array:
-    """The update of one leaf: -weight where not alive, nothing at all on a mask step."""
-    update = _freeze(frozen, update, jnp.zeros_like(update))
-    if is_dense(alive):
-        return update
-    exact = jnp.promote_types(update.dtype, weight.dtype)  # a narrower -weight would not cancel
-    return jnp.where(alive, update.astype(exact), -weight.astype(exact))
-
-
-def _moment(
-    alive: list[Any], frozen: Any, i: int, new: jax.Array, old: jax.Array, initial: jax.Array
-) -> jax.Array:
-    """A moment of leaf i: as it was on a mask step, its initial value where not alive."""
-    moment = _freeze(frozen, new, old)
-    return moment if is_dense(alive[i]) else jnp.where(alive[i], moment, initial)
-
-
-def _leaves_like(treedef: Any, tree: PyTree, what: str) -> list[jax.Array]:
-    if jax.tree.structure(tree) != treedef:
+    if packed and inner is None:
+        raise ValueError("packed=True is about inner's state: give an optimizer to transform.")
+    if (packed or indices) and not rule.plan.exchanges:
         raise ValueError(
-            f"{what} and params have different structures, {jax.tree.structure(tree)} and "
-            f"{treedef}: differentiate with respect to these params."
+            "packed=True and indices=True need counts that stay, and the plan of this method "
+            "changes them: leave them out."
         )
-    return jax.tree.leaves(tree)
+    if grow_batches != int(grow_batches) or grow_batches < 1:
+        raise ValueError(f"grow_batches={grow_batches} must be an integer of 1 or more.")
+    if grow_batches > 1 and grow_batches > rounds.shortest:
+        raise ValueError(
+            f"grow_batches={grow_batches} is more than the {rounds.shortest} steps between "
+            "rounds: lower it, or raise every."
+        )
+    sparse = Sparse(
+        inner=None if inner is None else optax.with_extra_args_support(inner),
+        rule=rule,
+        rounds=rounds,
+        key=key,
+        sparsity=0.0 if sparsity is None else sparsity,
+        distribution=distribution,
+        where=where,
+        masks=masks,
+        stack_axes=stack_axes,
+        blocks=blocks,
+        memory=memory,
+        penalty=penalty,
+        update_weights=update_weights,
+        packed=packed,
+        indices=packed or indices,
+        grow_batches=int(grow_batches),
+        counter_init=counter_init,
+        counter_dtype=counter_dtype,
+    )
+    return optax.GradientTransformationExtraArgs(sparse.init, sparse.update)
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

@@ -1,0 +1,83 @@
+"""Shardings: how an optimizer's state lies on devices, from how the parameters do."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dstee_jax.state import PyTree, is_dense, leaves_with_path, parts, path_name
+
+
+def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
+    """A sharding for each leaf of an optimizer state: its parameter's, or replicated.
+
+    Masks, counters, moments and what a method keeps of its own lie as the parameter whose path
+    theirs ends in; so do packed moments and indices, whose blocks are cut along the same axes.
+    Scalars, keys, and leaves that a spec does not divide are replicated.
+
+    Args:
+      opt_state: state or shapes, as `jax.eval_shape(tx.init, params)`.
+      params: arrays with a `NamedSharding`, or `jax.ShapeDtypeStruct`s that carry one.
+
+    Returns:
+      The structure of `opt_state`, a `NamedSharding` for each leaf: for `jit`'s `in_shardings`
+      and `out_shardings`.
+
+    Raises:
+      ValueError: a parameter has no `NamedSharding`.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+      >>> params = {"kernel": jnp.ones((20, 10), device=NamedSharding(mesh, P("fsdp")))}
+      >>> tx = dstee.transform(optax.adam(1e-2), sparsity=0.9, total_steps=1000,
+      ...                      key=jax.random.key(0))
+      >>> shardings = dstee.state_shardings(jax.eval_shape(tx.init, params), params)
+      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> opt_state.masks["kernel"].sharding.spec
+      PartitionSpec('fsdp',)
+    """
+    by_path = {}
+    for path, leaf in leaves_with_path(params):
+        if is_dense(leaf):
+            continue
+        place = getattr(leaf, "sharding", None)
+        if not isinstance(place, NamedSharding):
+            raise ValueError(
+                f"{path_name(path)} has sharding {place}: put the parameters on a mesh first, with "
+                "jax.device_put or as jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+            )
+        by_path[parts(path)] = (leaf.shape, place)
+    mesh = next(iter(by_path.values()))[1].mesh
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = parts(path)
+        for start in range(len(names) + 1):
+            if names[start:] in by_path:
+                return _as(leaf, *by_path[names[start:]])
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _as(leaf: Any, shape: tuple[int, ...], place: NamedSharding) -> NamedSharding:
+    """The sharding of a leaf that belongs to a parameter of that shape and sharding."""
+    more = leaf.ndim - len(shape)
+    spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    if more > 0:  # a memory has axes before the parameter's, indices one after them
+        before = leaf.shape[more:] == shape
+        spec = [None] * more + spec if before else spec + [None] * more
+    sizes = [_devices(place, names) for names in spec]
+    if more < 0 or any(n % size for n, size in zip(leaf.shape, sizes, strict=True)):
+        return NamedSharding(place.mesh, P())
+    return place if more == 0 else NamedSharding(place.mesh, P(*spec))
+
+
+def _devices(place: NamedSharding, names: Any) -> int:
+    """Over how many devices a dimension is split."""
+    size = 1
+    for name in names if isinstance(names, tuple) else (names,):
+        size *= 1 if name is None else place.mesh.shape[name]
+    return size
