@@ -70,7 +70,7 @@ def report_sharded() -> None:
     weights = sum(map(math.prod, resnet50_shapes()))
     print(f"mask update of a ResNet-50 ({weights:,} weights), sharded over 8 devices; each device")
     for name, axis_type in [("Auto", AxisType.Auto), ("Explicit", AxisType.Explicit)]:
-        for selection in ("bisection", "top_k") if name == "Auto" else ("bisection",):
+        for selection in ("sharded", "bisection", "top_k") if name == "Auto" else ("auto",):
             sent = compiled_update(resnet50_shapes(), optimizer(selection=selection), axis_type)
             by_kind = {
                 kind: sum(c.bytes for c in sent if c.kind == kind)

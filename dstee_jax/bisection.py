@@ -37,19 +37,28 @@ def linear_index(shape: tuple[int, ...], axes: tuple[int, ...], like: jax.Array)
     return index
 
 
-def count(axes: tuple[int, ...], *predicates: jax.Array) -> tuple[jax.Array, ...]:
+def count(
+    axes: tuple[int, ...], *predicates: jax.Array, sharded: bool = False
+) -> tuple[jax.Array, ...]:
     """How many entries of each bool array are True along axes: one pass over all of them.
 
     One variadic reduce, which XLA vectorises on CPU where it does not a plain sum of bools:
-    give it two arrays at least.
+    give it two arrays at least. Between devices it would be an all-gather of every device's
+    counts; so axes that are split are summed by themselves, which is an all-reduce. Explicit
+    mesh axes are seen in the type; for Auto ones `sharded` says it, and all sums are plain.
     """
     ones = tuple(p.astype(INDEX) for p in predicates)
-    zeros = (jnp.zeros((), INDEX),) * len(ones)
+    spec = jax.typeof(ones[0]).sharding.spec
+    apart = axes if sharded else tuple(axis for axis in axes if spec[axis] is not None)
+    within = tuple(axis for axis in axes if axis not in apart)
 
     def add(x: tuple, y: tuple) -> tuple:
         return tuple(a + b for a, b in zip(x, y, strict=True))
 
-    return tuple(lax.reduce(ones, zeros, add, axes))
+    if within:
+        ones = tuple(lax.reduce(ones, (jnp.zeros((), INDEX),) * len(ones), add, within))
+    left = tuple(axis - sum(w < axis for w in within) for axis in apart)
+    return tuple(jnp.sum(x, axis=left, dtype=INDEX) for x in ones) if left else ones
 
 
 class Keys(NamedTuple):
@@ -58,6 +67,7 @@ class Keys(NamedTuple):
     bits: jax.Array  # `parts.split` of the array
     inner: tuple[int, ...]  # its axes within a part
     size: int  # entries of a part
+    sharded: bool = False  # whether it is split over Auto mesh axes
 
     def spread(self, per_part: jax.Array) -> jax.Array:
         """A value for each part, to broadcast against the bits."""
@@ -86,7 +96,10 @@ def _kth_largest(
         threshold, shift, reached, above = carry
         step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
         tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-        by_array = [count(key.inner, *(key.bits >= key.spread(t) for t in tries)) for key in keys]
+        by_array = [
+            count(key.inner, *(key.bits >= key.spread(t) for t in tries), sharded=key.sharded)
+            for key in keys
+        ]
         counts = [functools.reduce(jnp.add, c) for c in zip(*by_array, strict=True)]
         for candidate, n in zip(tries, counts, strict=True):
             threshold = jnp.where(n >= k, candidate, threshold)

@@ -7,7 +7,7 @@ Two ways, one result (ties go to the lowest row-major index in both):
 """
 
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,18 @@ from jax import lax
 from dstee_jax.bisection import INDEX, Keys, chosen, count, ordered_bits
 from dstee_jax.parts import Grid, by_part, inner_axes, is_sharded, join, split
 
-Selection = Literal["auto", "top_k", "bisection"]
+Selection = Literal["auto", "top_k", "bisection", "sharded"]
+SELECTIONS = get_args(Selection)
 
 # Measured on 2 CPU cores (benchmarks/mask_update.py): up to here `top_k` beats the bisection.
 _TOP_K_MAX_SIZE = 65_536
 _TOP_K_MAX_K = 256
+
+
+def check_selection(selection: str) -> None:
+    """Raise a ValueError unless the selection is known."""
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection={selection!r} is unknown: choose from {SELECTIONS}.")
 
 
 def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "auto") -> jax.Array:
@@ -31,13 +38,12 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
         most the number of the others. No NaN.
       k: integer scalar in [0, k_max]; may be traced.
       k_max: static bound on k.
-      selection: `'top_k'`, `'bisection'`, or `'auto'` (by size and sharding).
+      selection: as for `drop_and_grow`.
 
     Returns:
       A bool array of `score.shape` with exactly k entries set; ties go to the lowest index.
     """
-    if selection not in ("auto", "top_k", "bisection"):
-        raise ValueError(f"selection={selection!r} is unknown: use 'auto', 'top_k' or 'bisection'.")
+    check_selection(selection)
     if k_max == 0 or score.size == 0:
         return jnp.zeros(score.shape, bool)
     if selection == "auto":
@@ -53,7 +59,8 @@ def _largest(
     """Mask of the k largest entries of each part of an array (as `parts.split` cuts it)."""
     if selection == "top_k":
         return _largest_top_k(score, inner, k, k_max)
-    return chosen([Keys(ordered_bits(score), inner, _size(score, inner))], k)[0]
+    keys = Keys(ordered_bits(score), inner, _size(score, inner), selection == "sharded")
+    return chosen([keys], k)[0]
 
 
 def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
@@ -104,9 +111,10 @@ def drop_and_grow(
       k_max: static upper bound on k and k_grow.
       k_grow: how many to grow; default as many as were dropped.
       regrow: whether entries dropped in this call may come back in it.
-      selection: `'auto'`, `'top_k'` or `'bisection'`: same result, different cost. `'auto'`
-        takes `top_k` for `k_max` up to 256 in arrays of up to 65,536 entries that are not
-        split over Explicit mesh axes, and the bisection elsewhere.
+      selection: `'auto'`, `'top_k'`, `'bisection'` or `'sharded'`: same result, different cost.
+        `'auto'` takes `top_k` for `k_max` up to 256 in arrays of up to 65,536 entries that are
+        not split over Explicit mesh axes, and the bisection elsewhere. `'sharded'` is the
+        bisection for arrays that are split over Auto mesh axes, whose types do not say so.
 
     Returns:
       The new mask, bool, of `mask.shape`.
@@ -125,8 +133,7 @@ def drop_and_grow(
     References:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
     """
-    if selection not in ("auto", "top_k", "bisection"):
-        raise ValueError(f"selection={selection!r} is unknown: use 'auto', 'top_k' or 'bisection'.")
+    check_selection(selection)
     if mask.dtype != bool:
         raise ValueError(f"mask has dtype {mask.dtype}: pass a bool array (mask.astype(bool)).")
     if not mask.shape == jnp.shape(drop_score) == jnp.shape(grow_score):
@@ -178,7 +185,9 @@ def exchange(
     k_max = min(k_max, _size(mask, inner))
     if k_max == 0:
         return join(mask, shape, grid)
-    active, free = count(inner, mask, ~mask & jnp.isfinite(grow_score))
+    active, free = count(
+        inner, mask, ~mask & jnp.isfinite(grow_score), sharded=selection == "sharded"
+    )
 
     def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
         k = jnp.clip(jnp.asarray(k), 0, k_max).astype(INDEX)

@@ -16,7 +16,7 @@ from dstee_jax.plans import Plan
 from dstee_jax.rule import Rule
 from dstee_jax.schedule import DropFraction, Every, make_rounds
 from dstee_jax.scores import Score
-from dstee_jax.selection import Selection
+from dstee_jax.selection import Selection, check_selection
 from dstee_jax.state import PyTree, check_key
 from dstee_jax.step import Sparse
 from dstee_jax.structures import Structure
@@ -106,8 +106,8 @@ def transform(
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
         before it.
       counter_dtype: unsigned integer type; counters saturate.
-      selection: `'top_k'`, or the bisection (`'auto'` and `'bisection'`): same result. The
-        bisection takes all leaves in one loop and gathers no sharded array.
+      selection: `'top_k'`, or the bisection (`'auto'` and `'bisection'`): same result. Take
+        `'sharded'` for parameters that are split over Auto mesh axes; Explicit ones are seen.
       stack_axes: `(path, leaf) -> axes` that stack layers, as the first one of a scanned
         block: `lambda path, leaf: (0,) if "blocks" in str(path) else ()`. Each layer keeps its
         own count, and `where`, the distribution and the scores see it as a leaf of its own.
@@ -156,7 +156,7 @@ def transform(
     """
     _check_choice("counter_init", counter_init, ("masks", "zeros"))
     _check_choice("counter_update", counter_update, ("new", "old"))
-    _check_choice("selection", selection, ("auto", "top_k", "bisection"))
+    check_selection(selection)
     if not jnp.issubdtype(counter_dtype, jnp.unsignedinteger):
         raise ValueError(f"counter_dtype={counter_dtype} must be unsigned, as jnp.uint16.")
     if sparsity is None and masks is None:

@@ -196,7 +196,7 @@ def set_up(args: argparse.Namespace, mesh: Mesh) -> Setup:
         seed=args.seed,
         label_smoothing=args.label_smoothing,
         scored=some_images(train, args, min(SCORED, len(train))) if chooses else None,
-        selection="bisection" if args.shard_params else "auto",
+        selection="sharded" if args.shard_params else "auto",
     )
     return Setup(train, held_out, per_epoch, total, learner)
 

@@ -83,7 +83,7 @@ class Learner:
           seed: of the weights and of the masks.
           label_smoothing: in [0, 1).
           scored: normalised images and labels for methods that choose masks before training.
-          selection: of `dstee.transform`; 'bisection' for parameters that are sharded.
+          selection: of `dstee.transform`; 'sharded' for parameters that are sharded.
         """
         self.key = jax.random.key(seed)
         self.trains = METHODS[args.method].trains
