@@ -232,11 +232,11 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     setup = set_up(args, mesh)
     learner, total = setup.learner, setup.total
+    check_same_command(args, FREE)
     programs = compile_for(learner, jax.eval_shape(learner.init), mesh, args.shard_params)
     state = jax.jit(learner.init, out_shardings=programs.shardings)()
     prune_at = round(sis.PRUNE_AT * total) if learner.trains == "pruned" else None
     batches = open_input(setup.train, args)
-    check_same_command(args, FREE)
     store = Checkpoints(args.work_dir, keep=True)
     first, notes = store.latest() or 0, {}
     if first:

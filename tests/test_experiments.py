@@ -13,6 +13,7 @@ from experiments.methods import METHODS
 from tests.tiny_datasets import write_cifar
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
     # Raised inside tensorflow-datasets and orbax, by their own dependencies.
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::UserWarning"),

@@ -20,6 +20,7 @@ from experiments.checkpoints import Checkpoints
 from tests.tiny_datasets import write_imagenet
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
     # Raised inside tensorflow-datasets, grain and orbax, by their own dependencies.
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::UserWarning"),
@@ -141,7 +142,7 @@ def start(data_dir, work_dir, *extra, devices=8, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags},
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         **options,
     )
 
@@ -218,7 +219,8 @@ def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
 
 def test_sigterm_saves_and_leaves(data_dir, whole, tmp_path):
     """The signal reaches the whole process group, workers included, as a scheduler sends it."""
-    options = ["--save_every=1000", "--workers=1"]
+    # Evaluated once, at the end: each evaluation starts a worker of its own.
+    options = ["--save_every=1000", "--eval_every=1000", "--workers=1"]
     process = start(data_dir, tmp_path, *options, start_new_session=True)
     while not (tmp_path / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
