@@ -70,7 +70,7 @@ def pmean(
     def active() -> list[jax.Array]:
         packed = [g if is_dense(w) else take(g, w) for g, w in zip(leaves, where, strict=True)]
         return [
-            g if is_dense(w) else put(jnp.zeros_like(full), w, g)
+            g if is_dense(w) else put(jnp.zeros(full.shape, full.dtype), w, g)
             for g, w, full in zip(_in_one(mean, packed), where, leaves, strict=True)
         ]
 
@@ -124,10 +124,15 @@ def _in_one(reduce: Any, arrays: list[jax.Array]) -> list[jax.Array]:
 
 def _check_varying(leaves: list[jax.Array], axis_name: Any) -> None:
     names = set(axis_name) if isinstance(axis_name, tuple) else {axis_name}
-    checked = set(getattr(jax.typeof(lax.axis_index(axis_name)), "vma", ())) >= names
-    if checked and any(not set(jax.typeof(x).vma) & names for x in leaves):
+    checked = _varies_over(lax.axis_index(axis_name)) >= names  # else types say nothing
+    if checked and any(not _varies_over(x) & names for x in leaves):
         raise ValueError(
             f"a gradient is the same on all devices of {axis_name!r}: JAX has summed it already, "
             "dense, since it was taken with respect to replicated parameters. Differentiate "
             f"with respect to jax.lax.pcast(params, {axis_name!r}, to='varying')."
         )
+
+
+def _varies_over(x: jax.Array) -> set[str]:
+    """The manual mesh axes over whose devices x may differ, as its type says."""
+    return set(jax.typeof(x).manual_axis_type.varying)

@@ -6,18 +6,19 @@ axes as the leaf, so that it lies on devices by the leaf's own PartitionSpec, an
 at the number of axes (weight decay for matrices only) still hold.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import jaxprs_in_params
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dstee_jax.bisection import INDEX
 from dstee_jax.moments import owners
-from dstee_jax.parts import Grid, flatten, unflatten
+from dstee_jax.parts import Grid, flatten, is_sharded, sharding_of, unflatten
 from dstee_jax.state import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
 
@@ -35,7 +36,7 @@ def positions(mask: jax.Array, count: int, grid: Grid) -> jax.Array:
         rank = jnp.cumsum(row, dtype=INDEX)
         place = jnp.where(row, rank - jnp.ones((), INDEX), jnp.array(count, INDEX))
         where = jnp.arange(row.size, dtype=INDEX)
-        return jnp.zeros(count, INDEX).at[place].set(where, mode="drop", unique_indices=True)
+        return _set(jnp.zeros(count, INDEX), place, where, lax.GatherScatterMode.FILL_OR_DROP)
 
     return _each_part(of_part, flatten(mask, grid)).reshape(*grid, count)
 
@@ -45,20 +46,28 @@ def take(x: jax.Array, indices: jax.Array) -> jax.Array:
     *grid, _ = indices.shape
 
     def of_part(row: jax.Array, where: jax.Array) -> jax.Array:
-        return row.at[where].get(**_KNOWN)
+        return lax.gather(
+            row,
+            where[:, None],
+            lax.GatherDimensionNumbers((), collapsed_slice_dims=(0,), start_index_map=(0,)),
+            slice_sizes=(1,),
+            indices_are_sorted=True,
+            unique_indices=True,
+            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+        )
 
     found = _each_part(of_part, flatten(x, tuple(grid)), _parts(indices))
-    return found.reshape(packed_shape(indices))
+    return _merge(found.reshape(indices.shape))
 
 
 def put(base: jax.Array, indices: jax.Array, packed: jax.Array) -> jax.Array:
     """A leaf with the packed values at `indices`, and `base` elsewhere."""
-    *grid, n = indices.shape
+    *grid, _ = indices.shape
 
     def of_part(row: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
-        return row.at[where].set(values, **_KNOWN)
+        return _set(row, where, values, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
-    values = packed.reshape(*(parts for parts in grid if parts > 1), n)
+    values = _parts(_reshape_like(packed, indices))
     new = _each_part(of_part, flatten(base, tuple(grid)), _parts(indices), values)
     return unflatten(new, base.shape, tuple(grid))
 
@@ -82,18 +91,32 @@ def add(weight: jax.Array, indices: Any, update: jax.Array) -> jax.Array:
     return put(weight, indices, take(weight, indices) + update.astype(weight.dtype))
 
 
-# What is known of indices: they are in bounds, sorted and unique.
-_KNOWN: dict[str, Any] = {
-    "mode": "promise_in_bounds",
-    "indices_are_sorted": True,
-    "unique_indices": True,
-}
+def _set(row: jax.Array, where: jax.Array, values: jax.Array, mode: Any) -> jax.Array:
+    """row.at[where].set(values); jax.numpy would turn uint32 indices of big rows into int32."""
+    numbers = lax.ScatterDimensionNumbers((), (0,), scatter_dims_to_operand_dims=(0,))
+    known = {"indices_are_sorted": True, "unique_indices": True}
+    if mode is lax.GatherScatterMode.FILL_OR_DROP:  # what is dropped stands between the others
+        known = {}
+    return lax.scatter(row, where[:, None], values, numbers, mode=mode, **known)
 
 
 def packed_shape(indices: jax.Array) -> tuple[int, ...]:
     """The shape of packed arrays with these indices (an array or its shape)."""
     *grid, n = indices.shape
     return (*grid[:-1], grid[-1] * n)
+
+
+def _merge(x: jax.Array) -> jax.Array:
+    """The last two axes as one: by part, to packed."""
+    shape = packed_shape(x)
+    if not is_sharded(x):
+        return x.reshape(shape)
+    place = jax.typeof(x).sharding
+    return jnp.reshape(x, shape, out_sharding=NamedSharding(place.mesh, P(*place.spec[:-1])))
+
+
+def _reshape_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.reshape(x, like.shape, out_sharding=sharding_of(like))
 
 
 def _parts(indices: jax.Array) -> jax.Array:
@@ -133,23 +156,3 @@ def check_state(inner: optax.GradientTransformation, params: PyTree, packed: PyT
             f"packed=True: the inner optimizer treats packed leaves in another way than whole "
             f"ones; only one of the two has {other[:3]}: leave packed=True out."
         )
-
-
-def check_elementwise(update: Callable[..., Any], *args: Any, **extra: Any) -> None:
-    """Raise a ValueError if an optimizer multiplies matrices: packed leaves have no rows."""
-    if "dot_general" in _primitives(
-        jax.make_jaxpr(functools.partial(update, **extra))(*args).jaxpr
-    ):
-        raise ValueError(
-            "packed=True: the inner optimizer multiplies matrices, as Muon and Shampoo do, and "
-            "packed weights have no rows and columns: leave packed=True out."
-        )
-
-
-def _primitives(jaxpr: Any) -> set[str]:
-    found = set()
-    for equation in jaxpr.eqns:
-        found.add(equation.primitive.name)
-        for inner in jaxprs_in_params(equation.params):
-            found |= _primitives(inner)
-    return found

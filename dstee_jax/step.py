@@ -194,8 +194,6 @@ class Sparse:
         inner = None
         if self.inner is not None:
             trees = (treedef.unflatten(outgoing), state.inner_state, treedef.unflatten(seen))
-            if self.packed:
-                packed.check_elementwise(self.inner.update, *trees, **extra)
             step, inner_state = self.inner.update(*trees, **extra)
             outgoing = jax.tree.leaves(step)
             inner = Inner(self.inner, state.inner_state, inner_state)

@@ -1,0 +1,363 @@
+"""Packed state, the fused step, parts, big and many leaves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dstee_jax as dstee
+from dstee_jax import bisection, packed, rule, scores
+from dstee_jax.masks import random_mask
+from tests import oracle
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(0)
+SHAPES = {"a": {"kernel": (16, 24)}, "b": {"kernel": (3, 4, 5)}, "bias": (24,)}
+
+
+def tree(seed, shapes=SHAPES, dtype=jnp.float32):
+    leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    draws = [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, leaves, strict=True)]
+    return treedef.unflatten(draws)
+
+
+def make(inner=None, **options):
+    settings = {"sparsity": 0.75, "total_steps": 20, "every": 3} | options
+    return dstee.transform(inner or optax.sgd(0.1, momentum=0.9), key=KEY, **settings)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def by_update(tx, grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def train(tx, params, steps=7, how=by_update, jit=jax.jit):
+    """Steps with gradients that depend on the parameters; the path, for moments, too."""
+    state = tx.init(params)
+    params = dstee.apply_masks(params, state)
+
+    @jit
+    def step(params, state, noise):
+        grads = jax.tree.map(lambda g, p: g + (0.1 * p).astype(g.dtype), noise, params)
+        return how(tx, grads, state, params)
+
+    shapes = jax.tree.map(jnp.shape, params)
+    for i in range(steps):
+        noise = jax.tree.map(lambda n, p: n.astype(p.dtype), tree(100 + i, shapes), params)
+        params, state = step(params, state, noise)
+    return params, state
+
+
+def close(a, b, **tolerance):
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} | tolerance
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), **tolerance), a, b
+    )
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def matrices_only(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+INNERS = {
+    "adamw, matrices": optax.adamw(1e-2, mask=matrices_only),
+    "clipped nesterov": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True)
+    ),
+    "adagrad": optax.adagrad(0.1),  # whose state does not start at zero
+    "injected": optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(1e-2, 20)),
+}
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_packed_is_the_plain_path(name):
+    params = tree(0)
+    plain, plain_state = train(make(INNERS[name]), params)
+    for update_weights in (False,) if name != "adagrad" else (False, True):
+        tx = make(INNERS[name], packed=True, update_weights=update_weights)
+        if update_weights:
+            plain, plain_state = train(make(INNERS[name], update_weights=True), params)
+        for how in (by_update, dstee.apply):
+            new, state = train(tx, params, how=how)
+            close(new, plain)
+            equal(state.masks, plain_state.masks)
+            equal(state.counters, plain_state.counters)
+
+
+@pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.adamw(1e-2)])
+def test_bit_for_bit(inner):
+    """Without LLVM's optimisations, as all of this file runs.
+
+    With them, XLA on CPU contracts a product and a sum to one rounding in one program and not in
+    another, and the last bit differs.
+    """
+    plain, _ = train(make(inner), tree(0))
+    for how in (by_update, dstee.apply):
+        equal(train(make(inner, packed=True), tree(0), how=how)[0], plain)
+
+
+def test_moments_follow_their_weights():
+    """By NumPy: the momentum of a weight that stays active is what the plain rule makes it."""
+    params, tx = tree(0), make(packed=True)
+    state = tx.init(params)
+    params = dstee.apply_masks(params, state)
+    w, mask = (np.asarray(t["a"]["kernel"]) for t in (params, state.masks))
+    momentum = np.zeros_like(w)
+    for i in range(1, 8):
+        grads = tree(200 + i)
+        params, state = by_update(tx, grads, state, params)
+        new = np.asarray(state.masks["a"]["kernel"])
+        if i % 3:
+            momentum = np.where(mask, 0.9 * momentum + np.asarray(grads["a"]["kernel"]), 0)
+            w = w - np.float32(0.1) * momentum
+        else:
+            assert (new != mask).any()
+            momentum = np.where(mask & new, momentum, 0)
+            w = np.where(mask & new, w, 0)
+        mask = new
+        kept = np.asarray(state.inner_state[0].trace["a"]["kernel"])
+        np.testing.assert_allclose(kept, momentum[mask][None], rtol=1e-5)
+        np.testing.assert_array_equal(
+            state.indices["a"]["kernel"], np.flatnonzero(mask)[None, None]
+        )
+        np.testing.assert_allclose(params["a"]["kernel"], w, atol=1e-5)
+
+
+def test_sizes():
+    params = {"kernel": jax.ShapeDtypeStruct((1000, 2000), jnp.float32)}
+    state = jax.eval_shape(make(optax.adamw(1e-3), sparsity=0.95, packed=True).init, params)
+    moments = sum(x.size * 4 for x in jax.tree.leaves(state.inner_state[0]))
+    assert moments <= 0.06 * 2 * 4 * 2_000_000
+    assert state.indices["kernel"].size == 100_000
+    assert state.indices["kernel"].dtype == jnp.uint32
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (optax.adafactor(1e-3, min_dim_size_to_factor=2), r"keeps .*v_row.* of shape"),
+        (optax.contrib.muon(1e-3), r"keeps .*ns_coeffs of shape"),
+        (optax.sm3(1e-3), r"keeps .* of shape"),
+        (optax.lbfgs(1e-3, linesearch=None), r"keeps .* of shape"),
+    ],
+)
+def test_optimizers_that_do_not_fit(inner, message):
+    with pytest.raises(ValueError, match=message + r"(.|\n)*leave packed=True out"):
+        make(inner, packed=True).init(tree(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner": None, "packed": True}, "give an optimizer"),
+        ({"plan": dstee.plans.below_zero(), "indices": True}, "counts that stay"),
+        ({"grow_batches": 0}, "grow_batches=0 must be"),
+        ({"grow_batches": 4}, "grow_batches=4 is more than the 3 steps"),
+        ({"blocks": lambda path, leaf: (5, 1)}, r"\(5, 1\) for a/kernel of shape \(16, 24\)"),
+        ({"stack_axes": lambda path, leaf: (3,)}, r"gives \(3,\) for a/kernel"),
+        ({"blocks": lambda path, leaf: (2, 2), "plan": dstee.plans.below_zero()}, "keeps its"),
+        (
+            {
+                "blocks": lambda path, leaf: (2,) * leaf.ndim,
+                "structure": dstee.structures.constant_fan_in(),
+            },
+            "leave blocks= out",
+        ),
+    ],
+)
+def test_bad_input(options, message):
+    inner = options.pop("inner", optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        dstee.transform(
+            inner, **{"sparsity": 0.75, "total_steps": 20, "every": 3, "key": KEY} | options
+        ).init({"a": {"kernel": jnp.ones((16, 24))}})
+
+
+def test_packed_needs_equal_counts_of_layers():
+    mask = np.zeros((2, 4, 4), bool)
+    mask[0, 0], mask[1, :2] = True, True
+    tx = make(
+        sparsity=None, masks={"kernel": mask}, packed=True, stack_axes=lambda path, leaf: (0,)
+    )
+    with pytest.raises(ValueError, match=r"have \[4 8\] active weights"):
+        tx.init({"kernel": jnp.ones((2, 4, 4))})
+
+
+def test_apply_in_a_chain_and_without_packing():
+    params = tree(0)
+    clip = optax.clip_by_global_norm(1.0)
+    for tx in (optax.chain(clip, make(packed=True)), optax.chain(clip, make()), optax.adam(1e-3)):
+        state = tx.init(params)
+        one, _ = jax.jit(lambda p, s, tx=tx: dstee.apply(tx, tree(1), s, p))(params, state)
+        if not isinstance(state[1], dstee.SparseState):
+            close(one, by_update(tx, tree(1), state, params)[0])
+            continue
+        start = dstee.apply_masks(params, state)
+        close(dstee.apply(tx, tree(1), state, start)[0], by_update(tx, tree(1), state, start)[0])
+
+
+# ---------------------------------------------------------------------------- parts of a leaf
+
+
+def stacked(path, leaf):
+    return (0,) if leaf.ndim == 3 else ()
+
+
+def apart(x):
+    return {str(i): {"kernel": layer} for i, layer in enumerate(x["kernel"])}
+
+
+@pytest.mark.parametrize("grow", [scores.gradient(), scores.acquisition(normalize=True)])
+def test_a_stacked_leaf_is_its_layers(grow):
+    params = {"kernel": jax.random.normal(KEY, (3, 12, 20))}
+    options = {"grow": grow, "total_steps": 20, "every": 3}
+    one = make(sparsity=0.8, stack_axes=stacked, **options)
+    masks = one.init(params).masks
+    many = make(sparsity=None, masks=apart(masks), **options)
+    counts = [
+        leaf.size
+        for leaf in jax.tree.leaves(make(sparsity=0.8, packed=True).init(apart(params)).indices)
+    ]
+    assert [int(m.sum()) for m in masks["kernel"]] == counts  # ERK of the unstacked shapes
+    states = one.init(params), many.init(apart(params))
+    params = dstee.apply_masks(params, states[0])
+    layers = apart(params)
+    for i in range(1, 10):
+        grads = {"kernel": jax.random.normal(jax.random.key(i), (3, 12, 20))}
+        params, state = by_update(one, grads, states[0], params)
+        layers, state_ = by_update(many, apart(grads), states[1], layers)
+        states = state, state_
+        equal(apart(state.masks), state_.masks)
+    close(apart(params), layers)
+
+
+def test_layers_of_a_stacked_leaf_keep_their_counts_under_a_structure():
+    params = {"kernel": jax.random.normal(KEY, (2, 12, 20))}
+    for structure in (dstee.structures.constant_fan_in(), dstee.structures.block((2, 2))):
+        tx = make(stack_axes=stacked, structure=structure, grow=scores.random(), sparsity=0.5)
+        first = tx.init(params).masks["kernel"]
+        _, state = train(tx, params)
+        last = state.masks["kernel"]
+        assert (first != last).any()
+        equal(last.sum((1, 2)), first.sum((1, 2)))
+        assert all(structure.fits(np.asarray(layer)) for layer in last)
+
+
+def test_blocks_keep_their_counts():
+    params = {"kernel": jax.random.normal(KEY, (8, 12))}
+    tx = make(blocks=lambda path, leaf: (4, 2), grow=scores.random(), selection="top_k")
+    _, state = train(tx, params)
+    by_block = state.masks["kernel"].reshape(4, 2, 2, 6).sum((1, 3))
+    equal(by_block, np.full((4, 2), 3))
+    _, same = train(make(blocks=lambda path, leaf: (4, 2), grow=scores.random()), params)
+    equal(state.masks, same.masks)
+
+
+def test_leaves_that_are_alike_share_a_program(monkeypatch):
+    params = {
+        f"layer{i}": {"kernel": jax.random.normal(jax.random.key(i), (9, 7))} for i in range(9)
+    }
+    masks = []
+    for start in (2, 100):
+        monkeypatch.setattr(rule, "STACK_FROM", start)
+        masks.append(train(make(), params)[1].masks)
+    equal(*masks)
+
+
+def test_a_transformer_of_200_leaves_has_few_programs():
+    """Leaves of one role are one loop each: without it there would be two loops for each leaf."""
+    params = {
+        f"layer{i}": {
+            name: {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for name in "qkvoudg"
+        }
+        for i in range(28)
+    }
+    tx = make(optax.adamw(1e-3), total_steps=1000, every=100)
+    state = jax.eval_shape(tx.init, params)
+    text = jax.jit(tx.update).lower(params, state, params).as_text()
+    assert text.count("stablehlo.while") <= 3 * 7 * 3
+
+
+# ---------------------------------------------------------------------------- gradients
+
+
+def test_growth_score_from_several_gradients():
+    params = {"kernel": jax.random.normal(KEY, (16, 24))}
+    tx = make(optax.sgd(0.01), grow=scores.gradient(), grow_batches=3, every=5)
+    state = tx.init(params)
+    params = dstee.apply_masks(params, state)
+    seen, mask = [], np.asarray(state.masks["kernel"])
+    for i in range(1, 11):
+        assert bool(state.needs_dense) == (i % 5 in (3, 4, 0))
+        grads = {"kernel": jax.random.normal(jax.random.key(i), (16, 24))}
+        seen.append(np.asarray(grads["kernel"]))
+        if i % 5 == 0:
+            k = int((mask & ~np.asarray(tx.update(grads, state, params)[1].masks["kernel"])).sum())
+            score = np.abs(sum(np.float32(g) for g in seen[-3:]) / np.float32(3))
+            mask = oracle.drop_and_grow(mask, np.abs(np.asarray(params["kernel"])), score, k, False)
+        params, state = by_update(tx, grads, state, params)
+        equal(state.masks["kernel"], mask)
+
+
+@pytest.mark.parametrize("packed_", [False, True])
+def test_bfloat16(packed_):
+    params = tree(0, dtype=jnp.bfloat16)
+    tx = make(optax.adamw(1e-2, mu_dtype=jnp.bfloat16), packed=packed_)
+    new, state = train(tx, params)
+    assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype(jnp.bfloat16)}
+    inactive = jax.tree.map(lambda p, m: np.asarray(p)[~np.asarray(m)], new["a"], state.masks["a"])
+    assert not np.any(np.float32(inactive["kernel"]))
+    close(new, train(make(optax.adamw(1e-2, mu_dtype=jnp.bfloat16)), params)[0], rtol=0.05)
+
+
+# ---------------------------------------------------------------------------- big arrays
+
+
+@pytest.mark.parametrize("size", [255, 254, 200])
+def test_index_arithmetic_with_a_narrow_type(size, monkeypatch):
+    """8-bit counts and indices: arrays of up to 255 entries, as 32 bits are for 2**32 - 1."""
+    rng = np.random.default_rng(0)
+    for shape in ((size,), (5, size // 5)):
+        n = int(np.prod(shape))
+        mask = rng.random(shape) < 0.5
+        score = rng.integers(0, 3, shape).astype(np.float32)  # ties everywhere
+        expected = oracle.drop_and_grow(mask, score, score, 9, False)
+        for module in (bisection, packed):
+            monkeypatch.setattr(module, "INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.selection.INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.masks.INDEX", jnp.uint8)
+        new = dstee.drop_and_grow.__wrapped__(
+            jnp.array(mask), score, score, 9, k_max=9, selection="bisection"
+        )
+        equal(new, expected)
+        full = random_mask(KEY, shape, n - 1)
+        assert int(full.sum(dtype=jnp.int32)) == n - 1
+        found = packed.positions(full, n - 1, (1,) * len(shape))
+        equal(np.sort(np.asarray(found).ravel()), np.flatnonzero(full))
+        equal(packed.take(jnp.arange(n).reshape(shape), found).ravel(), np.flatnonzero(full))
+
+
+def test_more_than_two_to_the_31_entries_compile():
+    params = {"kernel": jax.ShapeDtypeStruct((2**16, 2**15 + 8), jnp.bfloat16)}
+    tx = make(optax.sgd(0.1, momentum=0.9), sparsity=0.99, packed=True, total_steps=100, every=10)
+    state = jax.eval_shape(tx.init, params)
+    assert abs(state.indices["kernel"].size - 0.01 * 2**16 * (2**15 + 8)) < 2
+    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    assert compiled.memory_analysis().output_size_in_bytes > 2**31
+
+
+def test_more_than_two_to_the_32_entries_are_refused_with_the_remedy():
+    params = {"kernel": jax.ShapeDtypeStruct((4, 2**16, 2**16), jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"17,179,869,184 entries in a part.*blocks="):
+        jax.eval_shape(make().init, params)
+    layers = jax.eval_shape(make(blocks=lambda path, leaf: (4, 2, 1)).init, params)
+    assert layers.masks["kernel"].shape == (4, 2**16, 2**16)

@@ -1,0 +1,299 @@
+"""Parameters over 8 devices, Auto and Explicit axes; gradients averaged sparsely."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import dstee_jax as dstee
+from benchmarks.collectives import collectives
+from dstee_jax import scores
+from tests.test_packed import close, equal, make, tree
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+# Two matrices of one shape that lie in different ways, stacked layers, and a bias.
+SHAPES = {"up": {"kernel": (16, 16)}, "out": {"kernel": (16, 16)}, "all": {"kernel": (3, 8, 12)}}
+SPECS = {"up": P("fsdp", "tp"), "out": P("tp", "fsdp"), "all": P(None, None, "fsdp"), "bias": P()}
+BLOCKS = {"up": (4, 2), "out": (2, 4), "all": (1, 1, 4), "bias": (1,)}
+GATHERS = {"all-gather", "all-to-all", "collective-permute"}
+
+
+def blocks(path, leaf):
+    return BLOCKS[path[0].key]
+
+
+def stack_axes(path, leaf):
+    return (0,) if path[0].key == "all" else ()
+
+
+def mesh_of(axis_type):
+    return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(axis_type,) * 2)
+
+
+def place(params, mesh):
+    def one(path, x):
+        return jax.device_put(x, NamedSharding(mesh, SPECS[path[0].key]))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def steps(tx, params, state, n=7):
+    def step(params, state, grads):
+        grads = jax.tree.map(lambda g, p: g + 0.1 * p, grads, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    run = None
+    for i in range(n):
+        shapes = jax.tree.map(jnp.shape, params)
+        grads = jax.tree.map(
+            lambda g, p: jax.device_put(g, p.sharding), tree(100 + i, shapes), params
+        )
+        run = run or jax.jit(step).lower(params, state, grads).compile()
+        params, state = run(params, state, grads)
+    return params, state, run
+
+
+@functools.cache
+def on_one(packed):
+    options = {"blocks": blocks} if packed else {}
+    tx = make(packed=packed, stack_axes=stack_axes, **options)
+    params = tree(0, SHAPES | {"bias": (16,)})
+    state = tx.init(params)
+    return steps(tx, dstee.apply_masks(params, state), state)[:2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_is_the_same_and_gathers_nothing(axis_type, packed):
+    mesh = mesh_of(axis_type)
+    selection = "sharded" if axis_type == AxisType.Auto else "auto"
+    options = {"blocks": blocks} if packed else {}
+    tx = make(packed=packed, stack_axes=stack_axes, selection=selection, **options)
+    with jax.set_mesh(mesh):
+        params = place(tree(0, SHAPES | {"bias": (16,)}), mesh)
+        shardings = dstee.state_shardings(jax.eval_shape(tx.init, params), params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        for leaf in jax.tree.leaves((state.masks["up"], state.counters["up"])):
+            assert leaf.sharding.is_equivalent_to(params["up"]["kernel"].sharding, 2)
+        new, new_state, program = steps(tx, dstee.apply_masks(params, state), state)
+    expected, expected_state = on_one(packed)
+    close(jax.device_get(new), expected)
+    equal(jax.device_get(new_state.masks), expected_state.masks)
+    moments = new_state.inner_state[0].trace["up"]["kernel"]
+    assert moments.sharding.spec == SPECS["up"]
+    sent = collectives(program.as_text())
+    assert any(c.kind == "all-reduce" for c in sent) or packed  # the counts, if not by block
+    assert not {c.kind for c in sent} & GATHERS
+    assert all(np.prod(shape) <= 8 for c in sent for _, shape in c.shapes)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_top_k_would_gather(axis_type):
+    """The check above can fail."""
+    mesh = mesh_of(axis_type)
+    tx = make(selection="top_k", stack_axes=stack_axes)
+    with jax.set_mesh(mesh):
+        params = place({"up": {"kernel": jnp.ones((16, 16))}}, mesh)
+        state = jax.jit(tx.init)(params)
+        if axis_type == AxisType.Explicit:
+            with pytest.raises(Exception, match="should be unsharded"):
+                jax.jit(tx.update).lower(params, state, params)
+            return
+        program = jax.jit(tx.update).lower(params, state, params).compile()
+    sent = collectives(program.as_text())
+    assert any(np.prod(s) >= 128 for c in sent if c.kind in GATHERS for _, s in c.shapes)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_nothing_is_made_whole_at_init(axis_type):
+    mesh = mesh_of(axis_type)
+    tx = make(optax.adam(0.1))
+    with jax.set_mesh(mesh):
+        place_ = NamedSharding(mesh, P("fsdp", "tp"))
+        params = {"kernel": jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=place_)}
+        shardings = dstee.state_shardings(jax.eval_shape(tx.init, params), params)
+        program = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
+    memory = program.memory_analysis()
+    part = 1024 * 2048 // 8
+    assert memory.output_size_in_bytes <= (1 + 2 + 8) * part + 1000
+    assert memory.temp_size_in_bytes <= 24 * part  # one array of random bits takes 32 * part
+    sent = collectives(program.as_text())
+    assert all(np.prod(s) <= 8 for c in sent for _, s in c.shapes)
+
+
+def test_eager_init_lies_as_the_parameters_do():
+    params = place({"up": {"kernel": jnp.ones((16, 16))}}, mesh_of(AxisType.Auto))
+    for tx in (make(), make(sparsity=None, masks={"up": {"kernel": np.eye(16, dtype=bool)}})):
+        state = tx.init(params)
+        for leaf in jax.tree.leaves((state.masks, state.counters, state.inner_state)):
+            assert leaf.sharding.is_equivalent_to(params["up"]["kernel"].sharding, 2)
+
+
+def test_accumulated_gradients_are_exact_when_sharded():
+    options = {"grow_batches": 2, "grow": scores.gradient()}
+    params = tree(0, SHAPES | {"bias": (16,)})
+    tx = make(**options)
+    state = tx.init(params)
+    _, expected, _ = steps(tx, dstee.apply_masks(params, state), state, 6)
+    mesh = mesh_of(AxisType.Auto)
+    tx = make(selection="sharded", **options)
+    params = place(params, mesh)
+    shardings = dstee.state_shardings(jax.eval_shape(tx.init, params), params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    _, state, _ = steps(tx, dstee.apply_masks(params, state), state, 6)
+    equal(jax.device_get(state.masks), expected.masks)
+
+
+def test_parameters_without_a_mesh_are_refused():
+    with pytest.raises(ValueError, match=r"kernel has sharding .*jax\.device_put"):
+        dstee.state_shardings({}, {"kernel": jnp.ones((2, 2))})
+
+
+# ---------------------------------------------------------------------------- pmean
+
+X = jax.random.normal(jax.random.key(5), (16, 16))
+PARAMS = {"kernel": jax.random.normal(jax.random.key(6), (16, 24)), "bias": jnp.ones(24)}
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def loss(params, x):
+    return jnp.mean((jnp.tanh(x @ params["kernel"] + params["bias"])) ** 2)
+
+
+def train_step(tx, params, state, x, **options):
+    varying = jax.lax.pcast(params, "data", to="varying")
+    grads = dstee.pmean(jax.grad(loss)(varying, x), state, "data", **options)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def parallel(tx, **options):
+    return jax.jit(
+        jax.shard_map(
+            functools.partial(train_step, tx, **options),
+            mesh=MESH,
+            in_specs=(P(), P(), P("data")),
+            out_specs=P(),
+        )
+    )
+
+
+def run(tx, step, n=7):
+    state = tx.init(PARAMS)
+    params = dstee.apply_masks(PARAMS, state)
+    for i in range(n):
+        params, state = step(params, state, jnp.roll(X, i, 0))
+    return params, state
+
+
+@pytest.mark.parametrize("how", ["packed", "indices"])
+def test_pmean_is_one_device(how):
+    tx = make(optax.adam(0.01), **{how: True})
+
+    @jax.jit
+    def alone(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, expected_state = run(tx, alone)
+    new, state = run(tx, parallel(tx, check=True))
+    close(new, expected)
+    equal(state.masks, expected_state.masks)
+    equal(state.counters, expected_state.counters)
+
+
+def test_pmean_of_bfloat16_on_the_wire():
+    tx = make(optax.sgd(0.01), indices=True)
+    step = parallel(tx, wire_dtype=jnp.bfloat16)
+    state = tx.init(PARAMS)
+    text = step.lower(PARAMS, state, X).as_text()
+    reduced = [line for line in text.splitlines() if "stablehlo.all_reduce" in line]
+    assert len(reduced) >= 2
+    assert "bf16" in text
+    close(run(tx, step)[0], run(tx, parallel(tx))[0], rtol=0.02, atol=1e-3)
+
+
+def test_pmean_sends_the_active_entries():
+    tx = make(optax.sgd(0.1), sparsity=0.95, indices=True, every=100, total_steps=10_000)
+    params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}
+    program = jax.jit(
+        jax.shard_map(
+            lambda g, s: dstee.pmean(g, s, "data"),
+            mesh=MESH,
+            in_specs=(P(), P()),
+            out_specs=P(),
+            check_vma=False,
+        )
+    )
+    sent = collectives(program.lower(params, tx.init(params)).compile().as_text())
+    dense = sum(c.bytes for c in sent if c.branches == (1,))
+    active = sum(c.bytes for c in sent if c.branches == (0,))
+    assert dense == 4 * (256 * 512 + 512)
+    assert active == 4 * (round(0.05 * 256 * 512) + 512)
+    assert (99 * active + dense) / 100 <= 0.065 * dense
+
+
+def test_gradients_that_are_read_densely_travel_densely():
+    tx = dstee.methods.snfs(optax.sgd(0.1), sparsity=0.8, total_steps=20, key=KEY_, every=5)
+    assert bool(tx.init(PARAMS).needs_dense)
+    state = make(every=2).init(PARAMS)
+    assert not bool(state.needs_dense)
+    _, state = make(every=2).update(PARAMS, state, PARAMS)
+    assert bool(state.needs_dense)
+
+
+KEY_ = jax.random.key(0)
+
+
+def test_replicas_that_differ_are_found():
+    tx = make(optax.sgd(0.01), indices=True)
+    state = tx.init(PARAMS)
+
+    def agree(state):
+        i = jax.lax.axis_index("data")
+        mask = state.masks["kernel"].at[0, 3].set(state.masks["kernel"][0, 3] ^ (i == 5))
+        other = state._replace(masks=state.masks | {"kernel": mask})
+        return dstee.replicas_agree(state, "data"), dstee.replicas_agree(other, "data")
+
+    same, other = jax.jit(
+        jax.shard_map(agree, mesh=MESH, in_specs=P(), out_specs=P(), check_vma=False)
+    )(state)
+    assert bool(same)
+    assert not bool(other)
+
+    def broken(params, state, x):
+        mask = state.masks["kernel"] ^ (jax.lax.axis_index("data") == 5)
+        return train_step(
+            tx, params, state._replace(masks=state.masks | {"kernel": mask}), x, check=True
+        )
+
+    spread = jax.shard_map(
+        broken, mesh=MESH, in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False
+    )
+
+    def go():
+        jax.block_until_ready(jax.jit(spread)(PARAMS, state, X))
+        jax.effects_barrier()
+
+    with pytest.raises(Exception, match="differ between devices: start all from one state"):
+        go()
+
+
+def test_pmean_refuses():
+    tx = make(optax.sgd(0.01))
+    with pytest.raises(ValueError, match="pass packed=True or indices=True"):
+        dstee.pmean(PARAMS, tx.init(PARAMS), "data")
+    tx = make(optax.sgd(0.01), indices=True)
+
+    def summed(params, state, x):
+        return dstee.pmean(jax.grad(loss)(params, x), state, "data")
+
+    spread = jax.shard_map(summed, mesh=MESH, in_specs=(P(), P(), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match=r"pcast\(params, 'data', to='varying'\)"):
+        jax.jit(spread).lower(PARAMS, tx.init(PARAMS), X)
