@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 from rich.console import Console
 
 import dstee_jax as dstee
@@ -27,7 +28,13 @@ from dstee_jax.state import find_states
 from experiments import data, records, sis
 from experiments.arguments import Parser, choice
 from experiments.checkpoints import Checkpoints
-from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
+from experiments.learner import (
+    OPTIONS,
+    Learner,
+    TrainState,
+    add_method_options,
+    check_method_options,
+)
 from experiments.methods import METHODS, measures
 from experiments.models import MODELS, count_weights
 from experiments.runs import Events
@@ -60,6 +67,11 @@ class Trainer:
             seed=seed,
             scored=scored and (data.normalise(scored[0]), scored[1]),
         )
+        devices = jax.device_count() if args.sparse_allreduce else 1
+        if self.batch % devices:
+            raise ValueError(f"--batch {self.batch} must be a multiple of the {devices} devices.")
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        self.learn = self.learner.step_on(mesh)
 
     @functools.partial(jax.jit, static_argnums=0)
     def init(self) -> TrainState:
@@ -77,7 +89,7 @@ class Trainer:
         return data.augment(key, data.normalise(images[index], self.learner.dtype))
 
     def _step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
-        return self.learner.step(state, self.batch_of(state, index, images), labels[index])
+        return self.learn(state, self.batch_of(state, index, images), labels[index])
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
@@ -182,7 +194,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     if find_states(state.opt_state):
         print_(dstee.summary(state.opt_state))
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
-    options = (*OPTIONS, "rescale")
+    options = (*OPTIONS, "rescale", "sparse_allreduce")
     decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
     return {
         **{name: getattr(args, name) for name in named},
@@ -220,6 +232,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=records.RESULTS / "cifar.jsonl")
     add("--quiet", action="store_true")
     args = parser.parse_args(argv)
+    check_method_options(parser, args)
     if args.resume and not args.work_dir:
         parser.error("--resume needs the --work_dir of the run to resume.")
     if args.work_dir and len(args.seed) > 1:

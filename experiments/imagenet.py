@@ -14,6 +14,8 @@ where the devices compute the same twice. SIGTERM saves and leaves.
 
 import argparse
 import functools
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +32,13 @@ from experiments import data, records, sis
 from experiments import imagenet_input as images
 from experiments.arguments import Parser, choice
 from experiments.checkpoints import Checkpoints
-from experiments.learner import OPTIONS, Learner, TrainState, add_method_options
+from experiments.learner import (
+    OPTIONS,
+    Learner,
+    TrainState,
+    add_method_options,
+    check_method_options,
+)
 from experiments.methods import METHODS, measures
 from experiments.models import ResNet50, Small, count_weights
 from experiments.runs import Log, Preemption, check_same_command
@@ -43,7 +51,7 @@ MODELS = {"resnet50": functools.partial(ResNet50, large=True), "small": Small}
 SCORED = 512  # images that SNIP and GraSP see
 # Arguments that may change when a run goes on.
 FREE = {"data_dir", "work_dir", "results", "quiet", "log_every", "save_every", "eval_every"}
-FREE |= {"coordinator", "num_processes", "process_id", "distributed", "note"}
+FREE |= {"lost_after", "coordinator", "num_processes", "process_id", "distributed", "note"}
 PRUNED_FROM = 32  # images that SIS fits layers to
 
 
@@ -77,11 +85,12 @@ def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Progra
     def normalised(x):
         return data.normalise(x, learner.dtype, MEAN, SD)
 
+    step = learner.step_on(mesh)
     jit = functools.partial(jax.jit, in_shardings=(shardings, batch, batch))
     return Programs(
         shardings,
         jit(
-            lambda state, x, y: learner.step(state, normalised(x), y),
+            lambda state, x, y: step(state, normalised(x), y),
             out_shardings=(shardings, whole),
             donate_argnums=0,
         ),
@@ -300,7 +309,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if setup.train is not None:
         batches.close()
     named = ("model", "method", "sparsity", "epochs", "batch", "image_size", "seed")
-    options = (*OPTIONS, "bf16", "shard_params")
+    options = (*OPTIONS, "bf16", "shard_params", "sparse_allreduce")
     return {
         "dataset": "imagenet2012",
         "data": "random images" if args.fake_data else args.note or "imagenet2012",
@@ -349,6 +358,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--coordinator", help="HOST:PORT of process 0, where they are not found")
     add("--num_processes", type=int)
     add("--process_id", type=int)
+    add("--lost_after", type=int, default=100, help="seconds of silence that end all processes")
     add("--note", help="what the record says of the data")
     add("--results", type=Path, default=records.RESULTS / "imagenet.jsonl")
     add("--quiet", action="store_true")
@@ -357,6 +367,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.sparsity = 0.0
     if "://" in str(args.work_dir) or ":/" in str(args.work_dir):
         parser.error(f"--work_dir {args.work_dir} is no directory: mount the bucket, or use NFS.")
+    check_method_options(parser, args)
+    if args.sparse_allreduce and args.shard_params:
+        parser.error("--sparse_allreduce keeps the parameters whole: leave --shard_params out.")
     if args.method == "sis" and args.shard_params:
         parser.error("--method sis prunes layer by layer: leave --shard_params out.")
     if args.coordinator and (args.num_processes is None or args.process_id is None):
@@ -366,18 +379,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def leave(error: Exception) -> None:
+    """End this process at once: waiting for the others at the exit could take minutes."""
+    sys.stdout.flush()
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} can't go on:\n{error}\n"
+        "If another process has died, start the same command again on all of them (any number of "
+        "devices): it goes on from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse(argv)
     if args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        jax.distributed.initialize(
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            heartbeat_timeout_seconds=args.lost_after,
+        )
     elif args.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=args.lost_after)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     try:
         record = run(args)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        leave(error)
     done = args.work_dir / "recorded"
     if record is not None and jax.process_index() == 0 and not done.exists():
         records.append(args.results, record)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
@@ -30,6 +32,14 @@ from experiments.methods import (
 
 THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
 OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure", "distribution")
+
+
+def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where options do not go with the method."""
+    if args.sparse_allreduce and METHODS[args.method].trains != "masked":
+        parser.error(f"--method {args.method} trains no masks: leave --sparse_allreduce out.")
+    if args.sparse_allreduce and METHODS[args.method].factory is None:
+        parser.error(f"--method {args.method} is not sparse: leave --sparse_allreduce out.")
 
 
 class TrainState(NamedTuple):
@@ -55,6 +65,11 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
     add("--distribution", type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
     add("--rescale", action="store_true", help="sparse-aware initial scale")
+    add(
+        "--sparse_allreduce",
+        action="store_true",
+        help="data-parallel over all devices, with dstee.pmean; batch norm sees a device's part",
+    )
     add("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
 
 
@@ -90,6 +105,7 @@ class Learner:
         self.rescale, self.sparsity = args.rescale, args.sparsity
         self.dtype = jnp.bfloat16 if args.bf16 else jnp.float32
         self.label_smoothing = label_smoothing
+        self.axis = "data" if args.sparse_allreduce else None
         self._model = model
         shapes = nnx.eval_shape(lambda: self._built(training=True))
         self.train_def = nnx.split(shapes, nnx.Param, nnx.BatchStat)[0]
@@ -103,6 +119,7 @@ class Learner:
             total_steps=total_steps,
             key=jax.random.fold_in(self.key, 1),
             selection=selection,
+            indices=args.sparse_allreduce,
             **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
         )
         self.tx = inner if self.trains != "masked" else self._make(masks=self._chosen(args, scored))
@@ -167,10 +184,23 @@ class Learner:
 
     def step(self, state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
         """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss."""
-        (loss, stats), grads = self._grads(state, x, y)
+        if self.axis is None:
+            (loss, stats), grads = self._grads(state, x, y)
+        else:  # one device's part of the batch
+            mine = state._replace(params=jax.lax.pcast(state.params, self.axis, to="varying"))
+            (loss, stats), grads = self._grads(mine, x, y)
+            grads = dstee.pmean(grads, state.opt_state, self.axis)
+            loss, stats = jax.lax.pmean((loss, stats), self.axis)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(params, stats, opt_state, state.step + 1), loss
+
+    def step_on(self, mesh: Mesh) -> Callable[..., tuple[TrainState, jax.Array]]:
+        """`step` over the devices of a mesh: as it is, or with `--sparse_allreduce` mapped."""
+        if self.axis is None:
+            return self.step
+        part = P(self.axis)
+        return jax.shard_map(self.step, mesh=mesh, in_specs=(P(), part, part), out_specs=(P(), P()))
 
     def hits(self, state: TrainState, x: jax.Array, y: jax.Array) -> jax.Array:
         """How many of the images (normalised) are classified as their label; int32, shape ()."""

@@ -85,12 +85,13 @@ def optimizer(
     key: jax.Array,
     masks: Any = None,
     selection: str = "auto",
+    indices: bool = False,
     **options: Any,
 ) -> optax.GradientTransformation:
     """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
 
     Options that the method does not have are left out. `masks` are those of `first_masks`;
-    `selection` is `dstee.transform`'s.
+    `selection` and `indices` are `dstee.transform`'s.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
@@ -102,9 +103,8 @@ def optimizer(
             options[name] = named[options[name]]
     if masks is None:
         options["sparsity"] = sparsity
-    return factory(
-        inner, total_steps=total_steps, key=key, masks=masks, selection=selection, **options
-    )
+    options |= {"masks": masks, "selection": selection, "indices": indices}
+    return factory(inner, total_steps=total_steps, key=key, **options)
 
 
 def model_params(params: Any) -> Any:

@@ -198,6 +198,16 @@ def test_killed_and_resumed_is_bit_identical(data_dir, whole, tmp_path):
     assert rows[0][-1] == rows[1][-1]  # the accuracy
 
 
+def check_close(got, expected):
+    """Masks, counters and steps are equal, floats to rounding."""
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        if array.dtype == bool or array.dtype.kind in "ui":
+            np.testing.assert_array_equal(got[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -207,14 +217,33 @@ def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
         for i in (0, 1)
     ]
     finish(*pair)
-    expected, got = plain(whole), plain(tmp_path)
-    for name, array in expected.items():
-        if array.dtype == bool or array.dtype.kind in "ui":
-            np.testing.assert_array_equal(got[name], array, err_msg=name)
-        else:
-            np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+    check_close(plain(tmp_path), plain(whole))
     a, b = (records.read(d / "metrics.jsonl")[-1] for d in (whole, tmp_path))
     assert a["accuracy"] == b["accuracy"]
+
+
+LOST_AFTER = 15  # seconds until a process that is silent counts as dead
+
+
+def test_a_process_that_dies_stops_the_others_and_the_restart_resumes(data_dir, whole, tmp_path):
+    """Sharded over two processes; restored on another number of devices; equal to one process."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"--coordinator=localhost:{probe.getsockname()[1]}"
+    options = ["--shard_params", address, "--num_processes=2", f"--lost_after={LOST_AFTER}"]
+    pair = [start(data_dir, tmp_path, *options, f"--process_id={i}", devices=4) for i in (0, 1)]
+    while saved_step(tmp_path) < 4 and all(p.poll() is None for p in pair):
+        time.sleep(0.01)
+    pair[1].kill()
+    output = pair[0].communicate(timeout=LOST_AFTER + 20)[0]
+    # The next collective fails, or the coordination service finds out first.
+    assert pair[0].returncode in (1, -signal.SIGABRT), output
+    assert "start the same command again" in output or "another task died" in output
+    pair[1].communicate()
+    resumed = saved_step(tmp_path)
+    assert 4 <= resumed < 12
+    assert f"from step {resumed}" in finish(start(data_dir, tmp_path, "--shard_params", devices=2))
+    check_close(plain(tmp_path), plain(whole))
 
 
 def test_sigterm_saves_and_leaves(data_dir, whole, tmp_path):
@@ -253,6 +282,14 @@ def test_random_images_in_bfloat16(tmp_path, capsys):
     assert list((tmp_path / "events").iterdir())
     imagenet.main(command_)  # complete: nothing is trained or recorded again
     assert len(records.read(tmp_path / "runs.jsonl")) == 1
+
+
+def test_sparse_allreduce(data_dir, tmp_path):
+    """Masks, counts and density of the run; batch norm sees one image here, so no more."""
+    record = run(data_dir, tmp_path, "--sparse_allreduce", "--batch=16", "--steps=6")
+    assert record["density"] == pytest.approx(0.1, abs=1e-4)
+    assert record["R"] > 0.1
+    assert record["options"]["sparse_allreduce"] is True
 
 
 def test_sharded_parameters_train_the_same(data_dir, whole, tmp_path):
@@ -322,6 +359,8 @@ def test_bad_input(data_dir, tmp_path, extra, message):
         (["--method=riggl"], "'riggl' is unknown; nearest: rigl"),
         (["--method=sis", "--shard_params"], "leave --shard_params out"),
         (["--coordinator=localhost:1"], "needs --num_processes and --process_id"),
+        (["--method=dense", "--sparse_allreduce"], "leave --sparse_allreduce out"),
+        (["--shard_params", "--sparse_allreduce"], "keeps the parameters whole"),
         (["--method=snip", "--fake_data"], "leave --fake_data out"),
         (["--work_dir=gs://bucket/run"], "is no directory: mount the bucket"),
     ],
