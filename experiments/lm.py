@@ -7,7 +7,7 @@ is Python's own documentation, which is on every machine (see `experiments.text`
 FILE ...`. Attention kernels have heads as an axis of their own and all kernels of the blocks
 have the layers as their first: `stack_axes` of `dstee.transform` tells these from weights'
 axes. Embeddings and head stay dense. AdamW with warm-up, cosine and clipping, a mask update
-every 25 steps.
+every 50 steps.
 
 Perplexity is exp of the mean negative log-likelihood of a byte (uniform: 256), over a whole
 part of the text cut into windows side by side, every byte counted once; a byte is predicted
@@ -251,16 +251,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, nargs="+", help="files to train on, instead of Python's documentation")
     add("--seed", type=int, nargs="+", default=[0], help="one run each, one after the other")
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=1500)
     add("--batch", type=int, default=8, help="windows of a step")
     add("--length", type=int, default=128, help="bytes of a window")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
-    add("--learning_rate", type=float, default=4e-3)
-    add("--weight_decay", type=float, default=0.1)
+    add("--learning_rate", type=float, default=5e-3)
+    add("--weight_decay", type=float, default=0.01)
     add_method_options(parser)
-    parser.set_defaults(sparsity=0.9, every=25)
+    parser.set_defaults(sparsity=0.9, every=50)
     add("--note", help="what the record says of the text, as 'War and Peace'")
     add("--results", type=Path, default=records.RESULTS / "lm.jsonl")
     add("--table", type=Path, help="print the table of a file of records, and leave")
