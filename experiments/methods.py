@@ -90,13 +90,14 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
 
-    Options that the method does not have are left out. `masks` are those of `first_masks`;
-    `selection` and `indices` are `dstee.transform`'s.
+    Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
+    are for all. `masks` are those of `first_masks`; `selection` and `indices` are
+    `dstee.transform`'s.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
         return inner
-    names = (*names, "distribution")
+    names = (*names, "distribution", "where", "stack_axes")
     options = {name: value for name, value in options.items() if name in names}
     for name, named in (("structure", STRUCTURES), ("distribution", DISTRIBUTIONS)):
         if options.get(name):

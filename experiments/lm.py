@@ -1,0 +1,306 @@
+"""A language model whose layers are scanned: one leaf holds the weights of all layers.
+
+    python -m experiments.lm --method dst_ee --sparsity 0.9 --seed 0 1 2
+
+A decoder-only transformer (4 layers, width 128, 4 heads, windows of 128) reads bytes. The text
+is Python's own documentation, which is on every machine (see `experiments.text`), or `--text
+FILE ...`. Attention kernels have heads as an axis of their own and all kernels of the blocks
+have the layers as their first: `stack_axes` of `dstee.transform` tells these from weights'
+axes. Embeddings and head stay dense. AdamW with warm-up, cosine and clipping, a mask update
+every 50 steps.
+
+Perplexity is exp of the mean negative log-likelihood of a byte (uniform: 256), over a whole
+part of the text cut into windows side by side, every byte counted once; a byte is predicted
+from the bytes before it in its window and one before that. Each run appends a line to
+results/lm.jsonl (`--results` for another file), and
+
+    python -m experiments.lm --table results/lm.jsonl
+
+prints test perplexity by method and sparsity, lower is better.
+"""
+
+import argparse
+import functools
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+import dstee_jax as dstee
+from dstee_jax.state import find_states
+from experiments import records
+from experiments import text as texts
+from experiments.arguments import Parser
+from experiments.learner import OPTIONS, add_method_options
+from experiments.methods import measures, optimizer
+from experiments.models import count_weights
+
+# Methods that keep the count of every layer, as stacked layers ask for.
+METHODS = ("dense", "static", "set", "set_itop", "mest", "rigl", "rigl_itop", "dst_ee")
+VOCABULARY = 256
+EVALUATIONS = 5  # on the validation part, over a training
+
+
+class Block(nnx.Module):
+    """Causal attention, then two dense layers, each behind a norm and beside a residual."""
+
+    def __init__(self, layers: int, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "rngs": rngs}
+        # All 2 * layers branches of the network together add a variance of about 1.
+        last = nnx.initializers.variance_scaling(1 / (2 * layers), "fan_in", "truncated_normal")
+        self.attention_norm = nnx.RMSNorm(width, **options)
+        self.attention = nnx.MultiHeadAttention(
+            heads, width, use_bias=False, decode=False, out_kernel_init=last, **options
+        )
+        self.norm = nnx.RMSNorm(width, **options)
+        self.up = nnx.Linear(width, 4 * width, **options)
+        self.down = nnx.Linear(4 * width, width, kernel_init=last, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), mask=nnx.make_causal_mask(x[..., 0]))
+        return x + self.down(jax.nn.gelu(self.up(self.norm(x))))
+
+
+class Transformer(nnx.Module):
+    """Bytes (n, length) to logits of the byte after each, (n, length, 256) in float32."""
+
+    def __init__(
+        self, layers: int, width: int, heads: int, length: int, *, dtype: Any, rngs: nnx.Rngs
+    ):
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap
+        def stacked(rngs):
+            return Block(layers, width, heads, dtype=dtype, rngs=rngs)
+
+        normal = nnx.initializers.normal(0.3)
+        self.embedding = nnx.Embed(VOCABULARY, width, embedding_init=normal, dtype=dtype, rngs=rngs)
+        self.position_embedding = nnx.Param(normal(rngs.params(), (length, width)))
+        self.blocks = stacked(rngs)
+        self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(width, VOCABULARY, dtype=dtype, rngs=rngs)
+        self.unroll = jax.default_backend() == "cpu" or 1  # loops of XLA's CPU programs are slow
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embedding(tokens)
+        x = x + self.position_embedding[: tokens.shape[1]].astype(x.dtype)
+        carry = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
+        x = nnx.scan(lambda block, x: block(x), unroll=self.unroll, **carry)(self.blocks, x)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def in_blocks(path: Any, leaf: Any) -> bool:
+    """The kernels of the blocks, which become sparse."""
+    return dstee.kernels(path, leaf) and "blocks" in jax.tree_util.keystr(path)
+
+
+def stack_axes(path: Any, leaf: Any) -> tuple[int, ...]:
+    """Which axes of a leaf stack layers."""
+    return (0,) if "blocks" in jax.tree_util.keystr(path) else ()
+
+
+def losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Negative log-likelihood of each target in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+
+def perplexity(total_loss: Any, params: Any, part: np.ndarray, length: int, batch: int) -> float:
+    """exp of the mean loss of a byte, each counted once.
+
+    Args:
+      total_loss: `(params, inputs, targets, counted)` to the sum of the counted losses.
+      params: its parameters.
+      part: bytes.
+      length: of a window.
+      batch: windows at a time.
+    """
+    cut = zip(*texts.windows(part, length, batch), strict=True)
+    return math.exp(math.fsum(float(total_loss(params, *arrays)) for arrays in cut) / len(part))
+
+
+def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, Any]:
+    """Train one seed, evaluate now and then, and return the record."""
+    begin, print_ = time.perf_counter(), Console(quiet=args.quiet).print
+    key, rng = jax.random.key(seed), np.random.default_rng(seed)
+    model = Transformer(
+        *(args.layers, args.width, args.heads, args.length),
+        dtype=jnp.bfloat16 if args.bf16 else jnp.float32,
+        rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
+    )
+    graph, params = nnx.split(model)
+    warmup = max(args.steps // 20, 1)
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    tx = optimizer(
+        args.method,
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=args.weight_decay)
+        ),
+        sparsity=args.sparsity,
+        total_steps=args.steps,
+        key=jax.random.fold_in(key, 1),
+        where=in_blocks,
+        stack_axes=stack_axes,
+        **options,
+    )
+    opt_state = jax.jit(tx.init)(params)
+    if find_states(opt_state):
+        masks = dstee.get_state(opt_state).masks
+        params = dstee.rescale(params, masks) if args.rescale else params
+        params = dstee.apply_masks(params, masks)
+
+    def predict(params, inputs):
+        return nnx.merge(graph, params)(inputs)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, tokens):
+        def loss_of(params):
+            return losses(predict(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    @jax.jit
+    def total_loss(params, inputs, targets, counted):
+        return jnp.sum(losses(predict(params, inputs), targets), where=counted)
+
+    evaluate = functools.partial(perplexity, total_loss, length=args.length, batch=args.batch)
+    print_(f"{args.method}, seed {seed}: {count_weights(params):,} parameters")
+    history, window = [], np.arange(args.length + 1)
+    for i in range(1, args.steps + 1):
+        starts = rng.integers(0, len(text.train) - args.length, args.batch)
+        tokens = text.train[starts[:, None] + window].astype(np.int32)
+        params, opt_state, loss = step(params, opt_state, tokens)
+        if i % max(args.steps // EVALUATIONS, 1) == 0 or i == args.steps:
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} after step {i}: lower --learning_rate."
+                )
+            density, explored = map(float, measures(params, opt_state))
+            history.append([i, round(evaluate(params, text.validation), 4), round(explored, 4)])
+            seconds = time.perf_counter() - begin
+            print_(
+                f"step {i}/{args.steps}  loss {loss:.3f}  validation perplexity "
+                f"{history[-1][1]:.3f}  R {explored:.3f}  {seconds:.0f} s"
+            )
+    test = evaluate(params, text.test)
+    print_(f"test perplexity {test:.3f}")
+    if find_states(opt_state):
+        print_(dstee.summary(opt_state))
+    named = ("method", "sparsity", "steps", "batch", "length", "layers", "width", "heads")
+    named += ("learning_rate", "weight_decay", "rescale", "bf16")
+    return {
+        **{name: getattr(args, name) for name in named},
+        "seed": seed,
+        "data": args.note or ("files" if args.text else "Python's documentation"),
+        "text": texts.describe(text),
+        "options": options,
+        "perplexity": round(test, 4),
+        "validation_perplexity": history[-1][1],
+        "density": round(density, 6),
+        "R": history[-1][2],
+        "seconds": round(time.perf_counter() - begin, 1),
+        "history": history,
+    }
+
+
+def table(runs: list[dict]) -> str:
+    """A table for each text and setting: one row a method, one column a sparsity."""
+    lines = []
+    settings = ("layers", "width", "heads", "length", "batch", "steps", "learning_rate")
+    settings += ("weight_decay", "rescale", "bf16", "data")
+    runs = [run | {"sha256": run["text"]["sha256"]} for run in runs]
+    for (*setting, sha256), rows in records.group(runs, *settings, "sha256").items():
+        sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"}) or [0.0]
+        cells = records.group(rows, "method", "sparsity")
+        seeds = sorted({len(cell) for cell in cells.values()})
+        layers, width, *_ = setting
+        rescaled = ", rescaled" if rows[0]["rescale"] else ""
+        lines.append(
+            f"{setting[-1]} ({sha256}), {layers} layers of width {width}{rescaled}, test "
+            f"perplexity of a byte, {rows[0]['steps']} steps, {'/'.join(map(str, seeds))} seeds "
+            "(R: exploration degree); lower is better\n"
+        )
+        lines.append("| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |")
+        lines.append("| --- |" + " --- |" * len(sparsities))
+        for method in METHODS:
+            row = []
+            for sparsity in sparsities:
+                cell = cells.get((method, 0.0 if method == "dense" else sparsity), [])
+                mean = records.mean_sd((r["perplexity"] for r in cell), 3) if cell else ""
+                explored = statistics.mean(r["R"] for r in cell) if cell else 1.0
+                row.append(mean + (f" (R {explored:.3f})" if explored < 1 else ""))
+            if any(row):
+                lines.append(f"| {method} | " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line's arguments; wrong ones end the program with what to pass instead."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--text", type=Path, nargs="+", help="files to train on, instead of Python's documentation")
+    add("--seed", type=int, nargs="+", default=[0], help="one run each, one after the other")
+    add("--steps", type=int, default=1500)
+    add("--batch", type=int, default=8, help="windows of a step")
+    add("--length", type=int, default=128, help="bytes of a window")
+    add("--layers", type=int, default=4)
+    add("--width", type=int, default=128)
+    add("--heads", type=int, default=4)
+    add("--learning_rate", type=float, default=5e-3)
+    add("--weight_decay", type=float, default=0.01)
+    add_method_options(parser)
+    parser.set_defaults(sparsity=0.9, every=50)
+    add("--note", help="what the record says of the text, as 'War and Peace'")
+    add("--results", type=Path, default=records.RESULTS / "lm.jsonl")
+    add("--table", type=Path, help="print the table of a file of records, and leave")
+    add("--quiet", action="store_true")
+    args = parser.parse_args(argv)
+    for name, least in {"steps": 2, "batch": 1, "length": 1, "layers": 1, "heads": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} must be {least} or more.")
+    if args.width < 1 or args.width % args.heads:
+        parser.error(f"--width {args.width} must be a multiple of --heads {args.heads}.")
+    if not 0 <= args.sparsity < 1:
+        parser.error(f"--sparsity {args.sparsity} must be in [0, 1), as 0.9 for 10% of weights.")
+    if args.method not in METHODS:
+        parser.error(
+            f"--method {args.method} does not keep the count of every layer, or chooses masks "
+            f"from images: pass one of {', '.join(METHODS)}."
+        )
+    if args.sparse_allreduce:
+        parser.error("--sparse_allreduce is not for this one-device experiment: leave it out.")
+    if args.structure:
+        parser.error(f"--structure {args.structure} is not for stacked layers: leave it out.")
+    if args.distribution == "uniform_first_dense":
+        parser.error("--distribution uniform_first_dense is for images: pass erk or uniform.")
+    if args.method == "dense":
+        args.sparsity = 0.0
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    args = parse(argv)
+    try:
+        if args.table:
+            print(table(records.read(args.table)))
+            return
+        text = texts.load(args.text, args.length)
+        for seed in args.seed:
+            records.append(args.results, run(args, text, seed))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
