@@ -142,7 +142,7 @@ def start(data_dir, work_dir, *extra, devices=8, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ | {"XLA_FLAGS": flags},
         **options,
     )
 
