@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar, data, learner, models, quickstart, records, table1
+from experiments import cifar, data, learner, models, quickstart, records, sis, table1
 from experiments.methods import METHODS
 from tests.tiny_datasets import write_cifar
 
@@ -115,6 +115,7 @@ def cifar_args(data_dir, tmp_path, *extra):
     [("dst_ee", [3]), ("snfs", [3]), ("str", [3]), ("sis", [4, 5])],
 )
 def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, stops, monkeypatch):
+    monkeypatch.setattr(sis, "ROWS", 256)
     options = [f"--method={method}", f"--epochs={stops[-1]}"]
     whole = cifar.run(cifar_args(data_dir, tmp_path, *options))
     for stop in stops:
