@@ -118,7 +118,7 @@ def test_synflow(sparsity, rounds):
 
 
 def test_synflow_never_empties_a_layer():
-    params = make_params((8, *[30] * 24, 5))  # the product of 25 layers overflows unscaled
+    params = make_params((8, *[30] * 11, 5))  # the product of 12 layers overflows unscaled
     params = jax.tree.map(lambda w: w * 1e3, params)
     masks = at_init.synflow(network, params, jnp.ones((1, 8)), 0.998)
     counts = [int(m.sum()) for m in kernels(masks)]
@@ -140,6 +140,7 @@ def test_masks_go_into_transform_and_stay():
     x, y = jnp.ones((4, 6)), jnp.zeros((4, 4))
     loss = lambda p, batch: ((network(p, batch[0]) - batch[1]) ** 2).sum()  # noqa: E731
 
+    @jax.jit
     @jax.vmap
     def train(scale):  # traced masks, one set for each seed
         own = jax.tree.map(lambda w: w * (1 + scale * jnp.cos(w * 50)), params)

@@ -25,6 +25,7 @@ from experiments import (
 )
 from experiments.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 
 

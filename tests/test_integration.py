@@ -89,9 +89,14 @@ def test_linen():
     variables = model.init(KEY, X)
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=make())
     state = state.replace(params=dstee.apply_masks(state.params, state.opt_state))
-    for _ in range(5):
+
+    @jax.jit
+    def step(state):
         grads = jax.grad(lambda p: jnp.mean(model.apply({"params": p}, X) ** 2))(state.params)
-        state = state.apply_gradients(grads=grads)
+        return state.apply_gradients(grads=grads)
+
+    for _ in range(5):
+        state = step(state)
     mask = dstee.get_state(state.opt_state).masks["kernel"]
     assert not jnp.any(jnp.where(mask, 0, state.params["kernel"]))
 
@@ -102,10 +107,15 @@ def test_equinox():
     params, static = eqx.partition(model, eqx.is_inexact_array)
     state = tx.init(params)
     params = dstee.apply_masks(params, state)
-    for _ in range(5):
+
+    @eqx.filter_jit
+    def step(params, state):
         grads = jax.grad(lambda p: jnp.mean(jax.vmap(eqx.combine(p, static))(X) ** 2))(params)
         updates, state = tx.update(grads, state, params)
-        params = eqx.apply_updates(params, updates)
+        return eqx.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
     assert not jnp.any(jnp.where(state.masks.layers[0].weight, 0, params.layers[0].weight))
 
 

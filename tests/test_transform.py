@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dstee_jax as dstee
@@ -103,7 +103,12 @@ def test_set_agrees_with_the_numpy_oracle(regrow):
     np.testing.assert_array_equal(after.masks["a"]["kernel"], expected)
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.usefixtures("quick_compilation")
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # it may last for all examples
+)
 @given(
     sparsity=st.sampled_from([0.0, 0.5, 0.9]),
     dtype=st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
@@ -259,11 +264,12 @@ def test_last_link_of_a_chain_takes_the_raw_gradient():
     wrapped = make(optax.sgd(0.1))
     state, wrapped_state = chain.init(params), wrapped.init(params)
     ours = theirs = dstee.apply_masks(params, state)
+    update, wrapped_update = jax.jit(chain.update), jax.jit(wrapped.update)
     for step in range(10):
         grads = gradients(params, step)
-        updates, state = chain.update(grads, state, ours, grad=grads)
+        updates, state = update(grads, state, ours, grad=grads)
         ours = optax.apply_updates(ours, updates)
-        updates, wrapped_state = wrapped.update(grads, wrapped_state, theirs)
+        updates, wrapped_state = wrapped_update(grads, wrapped_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(ValueError, match="Pass the raw gradient"):
@@ -293,13 +299,14 @@ def test_multisteps_scores_the_accumulated_mean():
     multi = optax.MultiSteps(single, 2)
     state, multi_state = single.init(params), multi.init(params)
     ours = theirs = dstee.apply_masks(params, state)
+    update, multi_update = jax.jit(single.update), jax.jit(multi.update)
     for step in range(8):
         parts = [gradients(params, 2 * step + i) for i in range(2)]
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
-        updates, state = single.update(mean, state, theirs)
+        updates, state = update(mean, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
         for part in parts:
-            updates, multi_state = multi.update(part, multi_state, ours)
+            updates, multi_state = multi_update(part, multi_state, ours)
             ours = optax.apply_updates(ours, updates)
         masks = dstee.get_state(multi_state).masks
         np.testing.assert_array_equal(masks["kernel"], state.masks["kernel"])
