@@ -78,7 +78,7 @@ def pmean(
         return [mean(g) for g in leaves]
 
     wanted = jnp.stack([state.needs_dense for state in states]).any()
-    return treedef.unflatten(lax.cond(wanted, dense, active))
+    return jax.tree.unflatten(treedef, lax.cond(wanted, dense, active))
 
 
 def replicas_agree(opt_state: PyTree, axis_name: Any) -> jax.Array:

@@ -14,7 +14,6 @@ from jax import lax
 
 from dstee_jax.moments import merge
 from dstee_jax.packed import SparseUpdate, positions, put, take
-from dstee_jax.rule import Facts
 from dstee_jax.state import is_dense
 
 
@@ -56,8 +55,8 @@ def whole(
     emitted = [_emit(*row, frozen) for row in zip(alive, updates, weights, strict=True)]
     if inner is None:
         return emitted, ()
-    params = treedef.unflatten(weights)
-    start = treedef.unflatten(map(masked, alive, weights))
+    params = jax.tree.unflatten(treedef, weights)
+    start = jax.tree.unflatten(treedef, map(masked, alive, weights))
     pick = functools.partial(_moment, alive, frozen)
     return emitted, merge(inner.new, inner.old, inner.optimizer.init(start), params, pick)
 
@@ -90,7 +89,6 @@ def packed(
     is_round: Any,
     frozen: Any,
     indices: list[Any],
-    facts: list[Facts | None],
     updates: list[jax.Array],
     weights: list[jax.Array],
     seen: list[jax.Array],
@@ -106,14 +104,13 @@ def packed(
       old, new, frozen, weights, inner, treedef: as for `whole`.
       is_round: whether this is a mask step; False (a Python bool) if never.
       indices: of the active weights before, `MaskedNode` for what is dense.
-      facts: counts and parts.
       updates: of the inner optimizer, packed.
       seen: the parameters as the inner optimizer sees them, packed.
     """
     sparse = [i for i, where in enumerate(indices) if not is_dense(where)]
 
     def move() -> tuple[list[jax.Array], list[jax.Array], Any]:
-        found = new_indices(new, indices, facts)
+        found = new_indices(new, indices)
         survives = [take(new[i], indices[i]) for i in sparse]
         alive = [
             where if is_dense(where) else take(m, where)
@@ -131,8 +128,8 @@ def packed(
             spread = put(jnp.zeros_like(weights[i], moment.dtype), indices[i], moment)
             return jnp.where(alive[i], take(spread, found[i]), initial)
 
-        initial = inner.optimizer.init(treedef.unflatten(start))
-        state = merge(inner.new, inner.old, initial, treedef.unflatten(seen), carry)
+        initial = inner.optimizer.init(jax.tree.unflatten(treedef, start))
+        state = merge(inner.new, inner.old, initial, jax.tree.unflatten(treedef, seen), carry)
         return [found[i] for i in sparse], survives, state
 
     def stay() -> tuple[list[jax.Array], list[jax.Array], Any]:
@@ -148,12 +145,12 @@ def packed(
     return emitted, state, found
 
 
-def new_indices(masks: list[Any], indices: list[Any], facts: list[Facts | None]) -> list[Any]:
+def new_indices(masks: list[Any], indices: list[Any]) -> list[Any]:
     """Where the active weights of new masks are, for the leaves that have indices."""
-    rows = zip(masks, indices, facts, strict=True)
+    rows = zip(masks, indices, strict=True)
     return [
-        where if is_dense(where) else positions(mask, where.shape[-1], fact.grid)
-        for mask, where, fact in rows
+        where if is_dense(where) else positions(mask, where.shape[-1], where.shape[:-1])
+        for mask, where in rows
     ]
 
 

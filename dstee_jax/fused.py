@@ -58,4 +58,5 @@ def apply(
         return put(weight, update.indices, jnp.asarray(new).astype(weight.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten(map(one, leaves, treedef.flatten_up_to(updates))), opt_state
+    flat = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, SparseUpdate))
+    return jax.tree.unflatten(treedef, list(map(one, leaves, flat))), opt_state

@@ -75,7 +75,7 @@ def put(base: jax.Array, indices: jax.Array, packed: jax.Array) -> jax.Array:
 def pack(tree: PyTree, indices: PyTree) -> PyTree:
     """A tree like the parameters with its leaves packed, where `indices` has some."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten(take_each(leaves, mask_leaves(indices, tree)))
+    return jax.tree.unflatten(treedef, take_each(leaves, mask_leaves(indices, tree)))
 
 
 def take_each(leaves: Sequence[jax.Array], indices: Sequence[Any]) -> list[jax.Array]:

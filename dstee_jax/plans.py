@@ -25,8 +25,8 @@ class Round(NamedTuple):
 
     leaves: list[Leaf]  # views as the scores see them
     drop_scores: list[jax.Array]  # of every entry of each leaf; only active ones count
-    targets: list[int]  # active weights of each leaf at the asked sparsity
-    starts: list[int]  # active weights of each leaf at step 0
+    targets: list[Any]  # active weights of each leaf at the asked sparsity; of its parts, if cut
+    starts: list[Any]  # active weights of each leaf at step 0
     fraction: jax.Array  # float32, shape (): the drop fraction of this round
     number: jax.Array  # int32, shape (): which round this is, from 1
     time: jax.Array  # float32, shape (): share of total_steps gone by
@@ -55,9 +55,9 @@ class Plan(NamedTuple):
     def first_counts(
         self,
         params: Any,
-        targets: list[int | None],
-        spread: Callable[[float], list[int | None]],
-    ) -> list[int | None]:
+        targets: list[Any],
+        spread: Callable[[float], list[Any]],
+    ) -> list[Any]:
         """Counts of all leaves at step 0, None where dense, from those at the asked sparsity."""
         if self.starts is None:
             return targets

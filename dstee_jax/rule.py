@@ -92,7 +92,8 @@ class Rule:
         k = jnp.stack([jnp.broadcast_to(row.k_drop, parts) for row in rows])
         arrays = [jnp.stack(column) for column in zip(*(row[:3] for row in rows), strict=True)]
         grid = (len(rows), *rows[0].facts.grid)
-        one = Row(*arrays, k, None, max(r.k_max for r in rows), rows[0].facts._replace(grid=grid))
+        facts = rows[0].facts._replace(grid=grid)
+        one = Row(arrays[0], arrays[1], arrays[2], k, None, max(r.k_max for r in rows), facts)
         return list(self.exchange(one))
 
     def _within_structure(self, row: Row) -> jax.Array:

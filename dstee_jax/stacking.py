@@ -1,5 +1,7 @@
 """Stacked leaves: each layer is seen as a leaf of its own."""
 
+from typing import Any
+
 import jax
 
 from dstee_jax.scores import Score
@@ -15,7 +17,7 @@ def by_layer(score: Score, axes: tuple[int, ...]) -> Score:
 
     def of_stack(leaf: Leaf) -> jax.Array:
         from_end = axis - leaf.param.ndim  # a memory may have axes before the leaf's own
-        places = leaf._replace(
+        places = dict(
             param=axis,
             grad=None if leaf[1] is None else axis,
             mask=axis,
@@ -25,10 +27,11 @@ def by_layer(score: Score, axes: tuple[int, ...]) -> Score:
             rule_state=jax.tree.map(lambda _: from_end, leaf.rule_state),
             target=None,
         )
+        in_axes: Any = leaf._replace(**places)  # type: ignore[arg-type]
         keys = jax.random.split(leaf.key, leaf.param.shape[axis])
         return jax.vmap(
             lambda layer: of_layer(layer._replace(target=leaf.target)),
-            in_axes=(places,),
+            in_axes=(in_axes,),
             out_axes=axis,
         )(leaf._replace(key=keys, target=None))
 

@@ -55,14 +55,15 @@ class Sparse:
     counter_init: str
     counter_dtype: Any
 
-    def layout(self, params: PyTree) -> tuple[Layout, list[Facts | None]]:
+    def layout(self, params: PyTree) -> tuple[Layout, list[Any]]:
         """How leaves are cut, and the counts of each: None where dense or masks are traced."""
         layout = Layout(params, self.stack_axes, self.blocks)
         if self.masks is not None:
-            targets = starts = [
+            targets: list[Any] = [
                 None if is_dense(m) or isinstance(m, jax.core.Tracer) else layout.of_mask(i, m)
                 for i, m in enumerate(mask_leaves(self.masks, params))
             ]
+            starts: list[Any] = targets
         else:
 
             def spread(sparsity: Sparsity) -> list[Any]:
@@ -71,8 +72,12 @@ class Sparse:
 
             targets = spread(self.sparsity)
             starts = self.rule.plan.first_counts(params, targets, spread)
-        rows = zip(targets, starts, layout.grids, layout.stacks, strict=True)
-        facts = [None if row[0] is None else Facts(*row) for row in rows]
+        facts: list[Facts | None] = [
+            None if target is None else Facts(target, start, grid, stack)
+            for target, start, grid, stack in zip(
+                targets, starts, layout.grids, layout.stacks, strict=True
+            )
+        ]
         _check_parts(layout, facts, self.rule, self.indices)
         return layout, facts
 
@@ -126,7 +131,9 @@ class Sparse:
         masks_lib.check_masks(self.masks, params)
         leaves, treedef = jax.tree.flatten(params)
         rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
-        return treedef.unflatten([m if is_dense(m) else masks_lib.lay(m, x) for m, x in rows])
+        return jax.tree.unflatten(
+            treedef, [m if is_dense(m) else masks_lib.lay(m, x) for m, x in rows]
+        )
 
     def _first_indices(self, params: PyTree, masks: PyTree, facts: list[Facts | None]) -> PyTree:
         rows = zip(mask_leaves(masks, params), facts, self.full(params, facts), strict=True)
@@ -134,7 +141,7 @@ class Sparse:
             optax.MaskedNode() if is_dense(mask) or full else _positions(mask, fact)
             for mask, fact, full in rows
         ]
-        return jax.tree.structure(params).unflatten(found)
+        return jax.tree.unflatten(jax.tree.structure(params), found)
 
     def update(
         self, updates: PyTree, state: SparseState, params: PyTree | None = None, **extra: Any
@@ -193,7 +200,11 @@ class Sparse:
         seen, outgoing = (packed.take_each(x, in_inner) for x in (weights, outgoing))
         inner = None
         if self.inner is not None:
-            trees = (treedef.unflatten(outgoing), state.inner_state, treedef.unflatten(seen))
+            trees = (
+                jax.tree.unflatten(treedef, outgoing),
+                state.inner_state,
+                jax.tree.unflatten(treedef, seen),
+            )
             step, inner_state = self.inner.update(*trees, **extra)
             outgoing = jax.tree.leaves(step)
             inner = Inner(self.inner, state.inner_state, inner_state)
@@ -220,7 +231,7 @@ class Sparse:
         rest = (outgoing, weights)
         if inner is not None and self.packed:
             emitted, inner_state, where_active = emit.packed(
-                old, new, is_round, frozen, where_active, facts, *rest, seen, inner, treedef
+                old, new, is_round, frozen, where_active, *rest, seen, inner, treedef
             )
             if not as_sparse:
                 emitted = [emit.dense(u, w) for u, w in zip(emitted, weights, strict=True)]
@@ -229,10 +240,10 @@ class Sparse:
             if self.indices and is_round is not False:
                 where_active = lax.cond(
                     is_round,
-                    lambda: emit.new_indices(new, where_active, facts),
+                    lambda: emit.new_indices(new, where_active),
                     lambda: where_active,
                 )
-        return treedef.unflatten(emitted), SparseState(
+        return jax.tree.unflatten(treedef, emitted), SparseState(
             count=count,
             key=state.key,
             masks=replace_leaves(state.masks, params, new),
@@ -268,7 +279,7 @@ def _positions(mask: jax.Array, fact: Facts | None) -> jax.Array:
             "packed=True and indices=True need the counts of active weights when the step is "
             "compiled, and masks= is traced: make the masks outside jit and vmap."
         )
-    return packed.positions(mask, equal(fact.target), fact.grid)
+    return packed.positions(mask, int(np.max(fact.target)), fact.grid)
 
 
 def _check_parts(layout: Layout, facts: list[Facts | None], rule: Rule, indices: bool) -> None:
