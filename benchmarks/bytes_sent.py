@@ -44,7 +44,7 @@ def optimizer(inner=None, **options) -> optax.GradientTransformation:
     return dstee.transform(inner or optax.adamw(1e-3), key=jax.random.key(0), **settings)
 
 
-def compiled_update(shapes, tx, axis_type: AxisType) -> list[Collective]:
+def compiled_update(shapes, axis_type: AxisType, packed=False, **options) -> list[Collective]:
     """Collectives of a step over parameters split along their longest axis on 8 devices."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
 
@@ -56,6 +56,9 @@ def compiled_update(shapes, tx, axis_type: AxisType) -> list[Collective]:
 
     with jax.set_mesh(mesh):
         params = shapes_of(shapes, sharding)
+        if packed:
+            options |= {"packed": True, "blocks": dstee.blocks_of(params)}
+        tx = optimizer(**options)
         bare = jax.eval_shape(tx.init, params)
         placed = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -68,19 +71,22 @@ def compiled_update(shapes, tx, axis_type: AxisType) -> list[Collective]:
 
 def report_sharded() -> None:
     weights = sum(map(math.prod, resnet50_shapes()))
-    print(f"mask update of a ResNet-50 ({weights:,} weights), sharded over 8 devices; each device")
-    for name, axis_type in [("Auto", AxisType.Auto), ("Explicit", AxisType.Explicit)]:
-        for selection in ("sharded", "bisection", "top_k") if name == "Auto" else ("auto",):
-            sent = compiled_update(resnet50_shapes(), optimizer(selection=selection), axis_type)
-            by_kind = {
-                kind: sum(c.bytes for c in sent if c.kind == kind)
-                for kind in {c.kind for c in sent}
-            }
-            parts = ", ".join(f"{kind} {n:,} B" for kind, n in sorted(by_kind.items()))
-            print(f"  {name} axes, {selection}: at most {sum(by_kind.values()):,} B ({parts})")
+    print(f"mask update of a ResNet-50 ({weights:,} weights) over 8 devices, bytes for each device")
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    for name, axis_type, options in [
+        ("Auto axes, sharded", auto, {"selection": "sharded"}),
+        ("Auto axes, bisection", auto, {"selection": "bisection"}),
+        ("Auto axes, top_k", auto, {"selection": "top_k"}),
+        ("Explicit axes", explicit, {}),
+        ("Auto axes, packed in blocks", auto, {"selection": "sharded", "packed": True}),
+    ]:
+        sent = compiled_update(resnet50_shapes(), axis_type, **options)
+        kinds = sorted({c.kind for c in sent})
+        parts = [f"{kind} {sum(c.bytes for c in sent if c.kind == kind):,}" for kind in kinds]
+        print(f"  {name}: at most {sum(c.bytes for c in sent):,} ({', '.join(parts)})")
 
 
-def compiled_mean(shapes, wire_dtype=None) -> tuple[int, int, int]:
+def compiled_mean(shapes) -> tuple[int, int, int]:
     """Bytes of the dense and the active branch of `pmean`, and of a plain dense one."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, P())
@@ -93,7 +99,7 @@ def compiled_mean(shapes, wire_dtype=None) -> tuple[int, int, int]:
         varying = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
         return collectives(jax.jit(varying).lower(*args).compile().as_text())
 
-    sparse = program(lambda g, s: dstee.pmean(g, s, "data", wire_dtype=wire_dtype), params, state)
+    sparse = program(lambda g, s: dstee.pmean(g, s, "data"), params, state)
     plain = program(lambda g: jax.tree.map(lambda x: jax.lax.pmean(x, "data"), g), params)
     branch = [sum(c.bytes for c in sparse if c.branches == (i,)) for i in (0, 1)]
     return branch[1], branch[0], sum(c.bytes for c in plain)
@@ -102,14 +108,12 @@ def compiled_mean(shapes, wire_dtype=None) -> tuple[int, int, int]:
 def report_mean() -> None:
     print(f"\ndata-parallel all-reduce at {SPARSITY:.0%}, a mask step every {EVERY}")
     for name, shapes in [("VGG-19", vgg19_shapes()), ("ResNet-50", resnet50_shapes())]:
-        for wire in (None, jnp.bfloat16):
-            dense, active, plain = compiled_mean(shapes, wire)
-            each = ((EVERY - 1) * active + dense) / EVERY
-            print(
-                f"  {name}, {'float32' if wire is None else 'bfloat16'}: ordinary step {active:,} "
-                f"B, mask step {dense:,} B, mean {each:,.0f} B, {each / plain:.4f} of dense "
-                f"({plain:,} B)"
-            )
+        dense, active, plain = compiled_mean(shapes)
+        each = ((EVERY - 1) * active + dense) / EVERY
+        print(
+            f"  {name}: ordinary step {active:,} B, mask step {dense:,} B, mean {each:,.0f} B, "
+            f"{each / plain:.4f} of dense ({plain:,} B)"
+        )
 
 
 def size(tree) -> int:

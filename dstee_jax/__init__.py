@@ -26,7 +26,7 @@ from dstee_jax.metrics import (
 )
 from dstee_jax.rescale import rescale
 from dstee_jax.selection import drop_and_grow
-from dstee_jax.shardings import state_shardings
+from dstee_jax.shardings import blocks_of, state_shardings
 from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
 from dstee_jax.transform import transform
 
@@ -39,6 +39,7 @@ __all__ = [
     "apply",
     "apply_masks",
     "at_init",
+    "blocks_of",
     "density",
     "distributions",
     "drop_and_grow",

@@ -92,10 +92,10 @@ def _grid(path: Any, shape: tuple[int, ...], stack: Sequence[int], blocks: Any) 
         isinstance(parts, int | np.integer) and parts >= 1 and n % parts == 0
         for n, parts in zip(shape, grid, strict=True)
     )
-    if not fits or any(grid[axis] != 1 for axis in stack):
+    if not fits:
         raise ValueError(
             f"blocks gives {grid} for {path_name(path)} of shape {shape}: return how many equal "
-            "parts each axis has, 1 for one that is not cut or that stacks layers."
+            "parts each axis has, 1 for one that is not cut."
         )
     parts = tuple(shape[axis] if axis in stack else n for axis, n in enumerate(grid))
     size = math.prod(shape) // math.prod(parts) if math.prod(shape) else 0

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dstee_jax.counts import Blocks
 from dstee_jax.state import PyTree, is_dense, leaves_with_path, parts, path_name
 
 
@@ -39,17 +40,7 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       >>> opt_state.masks["kernel"].sharding.spec
       PartitionSpec('fsdp',)
     """
-    by_path = {}
-    for path, leaf in leaves_with_path(params):
-        if is_dense(leaf):
-            continue
-        place = getattr(leaf, "sharding", None)
-        if not isinstance(place, NamedSharding):
-            raise ValueError(
-                f"{path_name(path)} has sharding {place}: put the parameters on a mesh first, with "
-                "jax.device_put or as jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
-            )
-        by_path[parts(path)] = (leaf.shape, place)
+    by_path = _placed(params)
     mesh = next(iter(by_path.values()))[1].mesh
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -60,6 +51,49 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def blocks_of(params: PyTree) -> Blocks:
+    """As many blocks along each axis of a leaf as devices hold parts of it.
+
+    For `transform(..., packed=True, blocks=dstee.blocks_of(params))`: indices and moments of
+    packed leaves then stay on the device that holds the weights. Each block keeps its own count
+    of active weights, so masks depend on the sharding: to go on with another number of devices,
+    keep the blocks of the first.
+
+    Args:
+      params: as for `state_shardings`.
+
+    Returns:
+      `(path, leaf) -> parts` of each axis.
+
+    Raises:
+      ValueError: a parameter has no `NamedSharding`.
+    """
+    by_path = _placed(params)
+
+    def blocks(path: Any, leaf: Any) -> tuple[int, ...]:
+        shape, place = by_path[parts(path)]
+        spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+        return tuple(_devices(place, names) for names in spec)
+
+    return blocks
+
+
+def _placed(params: PyTree) -> dict[tuple[str, ...], tuple[tuple[int, ...], NamedSharding]]:
+    """Shape and sharding of each parameter by its path."""
+    by_path = {}
+    for path, leaf in leaves_with_path(params):
+        if is_dense(leaf):
+            continue
+        place = getattr(leaf, "sharding", None)
+        if not isinstance(place, NamedSharding):
+            raise ValueError(
+                f"{path_name(path)} has sharding {place}: put the parameters on a mesh first, with "
+                "jax.device_put or as jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+            )
+        by_path[parts(path)] = (tuple(leaf.shape), place)
+    return by_path
 
 
 def _as(leaf: Any, shape: tuple[int, ...], place: NamedSharding) -> NamedSharding:
