@@ -24,6 +24,17 @@ def test_python_blocks_run(capsys):
     assert int(state.count) == 1
 
 
+def test_the_block_of_the_scaling_page_runs():
+    page = README.parent / "docs" / "scaling.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    namespace = {}
+    exec(compile(block, str(page), "exec"), namespace)
+    params, state = namespace["params"], namespace["opt_state"]
+    for x in (params["kernel"], state.masks["kernel"], state.inner_state[0].mu["kernel"]):
+        assert len(x.sharding.device_set) == 8
+        assert x.addressable_shards[0].data.shape[0] == x.shape[0] // 8
+
+
 def test_blocks_of_the_methods_page_run():
     page = README.parent / "docs" / "methods.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
