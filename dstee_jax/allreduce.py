@@ -48,7 +48,7 @@ def pmean(
       ValueError: `opt_state` has no indices, or the gradients have been summed already.
     """
     states = find_states(opt_state)
-    if not states or any(isinstance(state.indices, tuple) for state in states):
+    if not states or any(type(s.indices) is tuple and not s.indices for s in states):
         raise ValueError(
             f"opt_state has {len(states)} SparseStates, and pmean needs at least one, with "
             "indices: pass packed=True or indices=True to dstee.transform."
@@ -125,11 +125,11 @@ def _in_one(reduce: Any, arrays: list[jax.Array]) -> list[jax.Array]:
 def _check_varying(leaves: list[jax.Array], axis_name: Any) -> None:
     names = set(axis_name) if isinstance(axis_name, tuple) else {axis_name}
     checked = _varies_over(lax.axis_index(axis_name)) >= names  # else types say nothing
-    if checked and any(not _varies_over(x) & names for x in leaves):
+    if checked and any(not names <= _varies_over(x) for x in leaves):
         raise ValueError(
-            f"a gradient is the same on all devices of {axis_name!r}: JAX has summed it already, "
-            "dense, since it was taken with respect to replicated parameters. Differentiate "
-            f"with respect to jax.lax.pcast(params, {axis_name!r}, to='varying')."
+            f"a gradient does not differ between the devices of {axis_name!r}: JAX has summed it "
+            "already, dense, since it was taken with respect to replicated parameters. "
+            f"Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, to='varying')."
         )
 
 

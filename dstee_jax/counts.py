@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dstee_jax import distributions
@@ -29,17 +30,19 @@ class Layout:
 
     Attributes:
       stacks: for each leaf, the axes that stack layers.
-      grids: for each leaf, how many parts each axis has.
     """
 
     def __init__(self, params: PyTree, stack_axes: StackAxes | None, blocks: Blocks | None):
         leaves = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
         self.leaves = leaves
         self.stacks = [() if stack_axes is None else _axes(stack_axes, *row) for row in leaves]
-        self.grids = [
-            _grid(path, leaf.shape, axes, None if blocks is None else blocks(path, leaf))
-            for (path, leaf), axes in zip(leaves, self.stacks, strict=True)
-        ]
+        self.blocks = blocks
+
+    def grid(self, i: int) -> Grid:
+        """How many parts each axis of the i-th leaf has; asked of sparse leaves alone."""
+        path, leaf = self.leaves[i]
+        blocks = None if self.blocks is None else self.blocks(path, leaf)
+        return _grid(path, jnp.shape(leaf), self.stacks[i], blocks)
 
     def unstacked(self, i: int) -> Any:
         """The i-th leaf, or the shape of one of its layers."""
@@ -57,7 +60,7 @@ class Layout:
 
     def share(self, i: int, by_layer: list[int]) -> Count:
         """Counts of the i-th leaf's parts from those of its layers."""
-        shape, grid, stack = self.leaves[i][1].shape, self.grids[i], self.stacks[i]
+        shape, grid, stack = self.leaves[i][1].shape, self.grid(i), self.stacks[i]
         cut = cut_axes(shape, grid)
         if not cut:
             return by_layer[0]
@@ -68,7 +71,7 @@ class Layout:
 
     def of_mask(self, i: int, mask: np.ndarray) -> Count:
         """Counts of the parts of a concrete mask."""
-        grid = self.grids[i]
+        grid = self.grid(i)
         if math.prod(grid) == 1:
             return int(mask.sum())
         halves = [[p, n // p] if p > 1 else [n] for n, p in zip(mask.shape, grid, strict=True)]
@@ -78,12 +81,13 @@ class Layout:
 def _axes(stack_axes: StackAxes, path: Any, leaf: Any) -> tuple[int, ...]:
     given = stack_axes(path, leaf)
     axes = (given,) if isinstance(given, int) else tuple(given)
-    if any(not -leaf.ndim <= axis < leaf.ndim for axis in axes):
+    ndim = jnp.ndim(leaf)
+    if any(not -ndim <= axis < ndim for axis in axes):
         raise ValueError(
-            f"stack_axes gives {axes} for {path_name(path)} of shape {leaf.shape}: return axes in "
-            f"[0, {leaf.ndim}), or () for a leaf that is one layer."
+            f"stack_axes gives {axes} for {path_name(path)} of shape {jnp.shape(leaf)}: return "
+            f"axes in [0, {ndim}), or () for a leaf that is one layer."
         )
-    return tuple(sorted({axis % leaf.ndim for axis in axes}))
+    return tuple(sorted({axis % ndim for axis in axes}))
 
 
 def _grid(path: Any, shape: tuple[int, ...], stack: Sequence[int], blocks: Any) -> Grid:

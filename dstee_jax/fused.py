@@ -3,11 +3,10 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dstee_jax.packed import SparseUpdate, put, take
-from dstee_jax.state import PyTree
+from dstee_jax.state import PyTree, SparseState
 
 
 def apply(
@@ -48,15 +47,25 @@ def apply(
       >>> int((params["kernel"] != 0).sum()), opt_state.inner_state[0].mu["kernel"].shape
       (20, (1, 20))
     """
-    tx = optax.with_extra_args_support(tx)
-    updates, opt_state = tx.update(grads, opt_state, params, sparse_updates=True, **extra)
+    if not _ends_packed(opt_state):
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
+        return optax.apply_updates(params, updates), opt_state
+    # A chain hands extra arguments to each of its links.
+    updates, opt_state = tx.update(grads, opt_state, params, sparse_updates=True, **extra)  # type: ignore[call-arg]
 
     def one(weight: jax.Array, update: Any) -> jax.Array:
         if not isinstance(update, SparseUpdate):
             return optax.apply_updates(weight, update)
         new = take(weight, update.indices) + update.values
-        return put(weight, update.indices, jnp.asarray(new).astype(weight.dtype))
+        return put(weight, update.indices, new.astype(weight.dtype))
 
     leaves, treedef = jax.tree.flatten(params)
     flat = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, SparseUpdate))
     return jax.tree.unflatten(treedef, list(map(one, leaves, flat))), opt_state
+
+
+def _ends_packed(opt_state: PyTree) -> bool:
+    """Whether this is the state of a packed `transform`, or of a chain that ends in one."""
+    while type(opt_state) is tuple and opt_state:
+        opt_state = opt_state[-1]
+    return isinstance(opt_state, SparseState) and bool(jax.tree.leaves(opt_state.indices))

@@ -117,7 +117,7 @@ def masks_of_counts(
         if count is None:
             masks.append(optax.MaskedNode())
         elif structure is None:
-            masks.append(random_mask(key_, leaf.shape, count, layout.grids[i], leaf))
+            masks.append(random_mask(key_, leaf.shape, count, layout.grid(i), leaf))
         else:
             shape, axes = layout.unstacked(i).shape, layout.stacks[i]
             masks.append(stacked_masks(structure, key_, shape, count, leaf.shape, axes))
@@ -173,14 +173,13 @@ def check_masks(masks: PyTree, params: PyTree) -> None:
             )
 
 
-def given_masks(masks: PyTree, *, fixed: bool, structure: Structure | None = None) -> PyTree:
+def given_masks(masks: PyTree, *, fixed: bool) -> PyTree:
     """A copy of given masks in NumPy: later changes to the caller's arrays do not reach it.
 
     Traced masks are returned as they are if `fixed`: masks that never change need no counts.
 
     Raises:
-      ValueError: a mask is traced and not `fixed`, does not have the structure, or all leaves
-        are dense.
+      ValueError: a mask is traced and not `fixed`, or all leaves are dense.
     """
     leaves = jax.tree.leaves(masks)
     if not leaves:
@@ -192,14 +191,22 @@ def given_masks(masks: PyTree, *, fixed: bool, structure: Structure | None = Non
             "masks= is traced: the counts of active weights must be known when the step is "
             "compiled. Make the masks outside jit and vmap, or keep them fixed (every=None)."
         )
-    masks = jax.tree.map(np.array, masks)
-    for path, mask in jax.tree_util.tree_leaves_with_path(masks):
-        if structure is not None and not structure.fits(mask):
-            raise ValueError(
-                f"the mask given for {path_name(path)} does not have the structure: leave masks= "
-                "out to start from a random one that has."
-            )
-    return masks
+    return jax.tree.map(np.array, masks)
+
+
+def check_structure(
+    structure: Structure, path: Any, mask: Any, stack_axes: tuple[int, ...]
+) -> None:
+    """Raise a ValueError that names the leaf unless each layer of a given mask fits."""
+    if is_dense(mask):
+        return
+    layer = [n for axis, n in enumerate(mask.shape) if axis not in stack_axes]
+    layers = np.moveaxis(np.asarray(mask), stack_axes, range(len(stack_axes))).reshape(-1, *layer)
+    if not all(map(structure.fits, layers)):
+        raise ValueError(
+            f"the mask given for {path_name(path)} does not have the structure: leave masks= "
+            "out to start from a random one that has."
+        )
 
 
 def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:

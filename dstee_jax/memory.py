@@ -12,7 +12,15 @@ import jax.numpy as jnp
 
 from dstee_jax.bisection import largest_of_all
 from dstee_jax.parts import sharding_of
-from dstee_jax.state import Leaf, PyTree, RuleState, is_dense, mask_leaves, replace_leaves
+from dstee_jax.state import (
+    Leaf,
+    PyTree,
+    RuleState,
+    at_least_float32,
+    is_dense,
+    mask_leaves,
+    replace_leaves,
+)
 
 
 class Memory(NamedTuple):
@@ -114,7 +122,7 @@ def first_rule_state(
         return jax.tree.unflatten(treedef, kept)
 
     def zeros(param: jax.Array, key: jax.Array) -> jax.Array:
-        return jnp.zeros_like(param, jnp.promote_types(param.dtype, jnp.float32))
+        return jnp.zeros_like(param, at_least_float32(param.dtype))
 
     return RuleState(
         () if memory is None else each(memory.init),

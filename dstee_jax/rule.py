@@ -12,7 +12,6 @@ import numpy as np
 from jax import lax
 
 from dstee_jax.counts import Count, equal, total
-from dstee_jax.memory import Memory
 from dstee_jax.parts import Grid, sharding_of
 from dstee_jax.plans import Plan, Round
 from dstee_jax.schedule import Rounds
@@ -60,7 +59,6 @@ class Rule:
     drop: Score
     grow: Score
     plan: Plan
-    memory: Memory | None
     structure: Structure | None
     regrow: bool
     counter_update: str
@@ -144,7 +142,10 @@ def update_topology(
     sizes = [masks[i].size for i in sparse]
     fixed = rule.plan.exchanges
     goals = [total(fact.target) for fact in known]
-    movable = any(0 < n < size for n, size in zip(goals, sizes, strict=len(known) == len(sizes)))
+    # Masks of unknown counts are traced ones, which never change.
+    movable = len(known) == len(sparse) and any(
+        0 < n < size for n, size in zip(goals, sizes, strict=True)
+    )
     if not movable or not rounds.every or (fixed and rounds.highest <= 0):
         return False, masks, counters, plan_state
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dstee_jax.parts import sharding_of
-from dstee_jax.state import Leaf
+from dstee_jax.state import Leaf, at_least_float32
 
 Score = Callable[[Leaf], jax.Array]
 
@@ -118,7 +118,7 @@ def acquisition(
         raise ValueError(f"eps={eps} must be above 0: it stands in a denominator. Try 1.0.")
 
     def score(leaf: Leaf) -> jax.Array:
-        g = leaf.grad.astype(jnp.promote_types(leaf.grad.dtype, jnp.float32))
+        g = leaf.grad.astype(at_least_float32(leaf.grad.dtype))
         size = jnp.abs(g)
         g = g if signed else size
         if normalize:

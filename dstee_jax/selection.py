@@ -46,11 +46,17 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
     check_selection(selection)
     if k_max == 0 or score.size == 0:
         return jnp.zeros(score.shape, bool)
-    if selection == "auto":
-        small = score.size <= _TOP_K_MAX_SIZE and k_max <= _TOP_K_MAX_K
-        selection = "top_k" if small and not is_sharded(score) else "bisection"
+    selection = _resolve(selection, score, k_max)
     inner = tuple(range(score.ndim))
     return _largest(score, inner, jnp.asarray(k).astype(INDEX), k_max, selection)
+
+
+def _resolve(selection: Selection, x: jax.Array, k_max: int) -> Selection:
+    """`'auto'` by size and sharding."""
+    if selection != "auto":
+        return selection
+    small = x.size <= _TOP_K_MAX_SIZE and k_max <= _TOP_K_MAX_K
+    return "top_k" if small and not is_sharded(x) else "bisection"
 
 
 def _largest(
@@ -143,9 +149,6 @@ def drop_and_grow(
         )
     if k_max < 0:
         raise ValueError(f"k_max={k_max} is negative: pass a bound of 0 or more.")
-    if selection == "auto":
-        small = mask.size <= _TOP_K_MAX_SIZE and k_max <= _TOP_K_MAX_K
-        selection = "top_k" if small and not is_sharded(mask) else "bisection"
     whole = (1,) * mask.ndim
     scores = (drop_score, grow_score)
     return exchange(
@@ -173,8 +176,9 @@ def exchange(
       grid: how many parts each axis has.
       k_max: of a part.
       regrow: as there.
-      selection: `'top_k'`, or the bisection.
+      selection: as there.
     """
+    selection = _resolve(selection, mask, k_max)
     inner, shape = inner_axes(mask.shape, grid), mask.shape
     double = any(jnp.result_type(x) == jnp.float64 for x in (drop_score, grow_score))
     wide = jnp.float64 if double else jnp.float32

@@ -41,10 +41,14 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       PartitionSpec('fsdp',)
     """
     by_path = _placed(params)
+    if not by_path:
+        raise ValueError("params has no leaf: pass the parameters that opt_state was made for.")
     mesh = next(iter(by_path.values()))[1].mesh
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = parts(path)
+        if names[-1:] == ("value",) and names not in by_path:  # of a Variable of Flax NNX
+            names = names[:-1]
         for start in range(len(names) + 1):
             if names[start:] in by_path:
                 return _as(leaf, *by_path[names[start:]])
@@ -73,6 +77,10 @@ def blocks_of(params: PyTree) -> Blocks:
     by_path = _placed(params)
 
     def blocks(path: Any, leaf: Any) -> tuple[int, ...]:
+        if parts(path) not in by_path:
+            raise ValueError(
+                f"blocks_of was given no {path_name(path)}: pass it the same tree as tx.init."
+            )
         shape, place = by_path[parts(path)]
         spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
         return tuple(_devices(place, names) for names in spec)

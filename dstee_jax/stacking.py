@@ -32,7 +32,7 @@ def by_layer(score: Score, axes: tuple[int, ...]) -> Score:
         return jax.vmap(
             lambda layer: of_layer(layer._replace(target=leaf.target)),
             in_axes=(in_axes,),
-            out_axes=axis,
+            out_axes=from_end,
         )(leaf._replace(key=keys, target=None))
 
     return of_stack

@@ -52,17 +52,24 @@ class LeafWithoutGrad(Leaf):
 
     @property
     def grad(self) -> jax.Array:  # type: ignore[override]
-        raise ValueError(
-            "This score reads the gradient, and dstee.transform() without an inner optimizer "
-            "sees only the updates that come down the chain. Pass the raw gradient: "
-            "tx.update(grads, opt_state, params, grad=grads), or give the optimizer to "
-            "transform: dstee.transform(optax.sgd(0.1), ...)."
-        )
+        raise ValueError(f"This score reads the gradient. {NO_GRAD}")
+
+
+NO_GRAD = (
+    "dstee.transform() without an inner optimizer sees only the updates that come down the chain: "
+    "pass the raw gradient, tx.update(grads, opt_state, params, grad=grads), or give the optimizer "
+    "to transform, dstee.transform(optax.sgd(0.1), ...)."
+)
 
 
 def is_dense(node: Any) -> bool:
     """Whether a node of `masks` stands for a leaf that stays dense."""
     return isinstance(node, optax.MaskedNode)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """A float dtype, float32 instead of narrower ones; also under strict dtype promotion."""
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def path_name(path: Any) -> str:

@@ -20,6 +20,7 @@ from dstee_jax.schedule import Rounds
 from dstee_jax.scores import Score
 from dstee_jax.stacking import by_layer
 from dstee_jax.state import (
+    NO_GRAD,
     Leaf,
     LeafWithoutGrad,
     PyTree,
@@ -59,6 +60,7 @@ class Sparse:
         """How leaves are cut, and the counts of each: None where dense or masks are traced."""
         layout = Layout(params, self.stack_axes, self.blocks)
         if self.masks is not None:
+            masks_lib.check_masks(self.masks, params)
             targets: list[Any] = [
                 None if is_dense(m) or isinstance(m, jax.core.Tracer) else layout.of_mask(i, m)
                 for i, m in enumerate(mask_leaves(self.masks, params))
@@ -73,10 +75,8 @@ class Sparse:
             targets = spread(self.sparsity)
             starts = self.rule.plan.first_counts(params, targets, spread)
         facts: list[Facts | None] = [
-            None if target is None else Facts(target, start, grid, stack)
-            for target, start, grid, stack in zip(
-                targets, starts, layout.grids, layout.stacks, strict=True
-            )
+            None if target is None else Facts(target, start, layout.grid(i), layout.stacks[i])
+            for i, (target, start) in enumerate(zip(targets, starts, strict=True))
         ]
         _check_parts(layout, facts, self.rule, self.indices)
         return layout, facts
@@ -128,7 +128,11 @@ class Sparse:
         if self.masks is None:
             starts = [None if fact is None else fact.start for fact in facts]
             return masks_lib.masks_of_counts(params, starts, self.key, self.rule.structure, layout)
-        masks_lib.check_masks(self.masks, params)
+        if self.rule.structure is not None:
+            for (path, _), mask, axes in zip(
+                layout.leaves, mask_leaves(self.masks, params), layout.stacks, strict=True
+            ):
+                masks_lib.check_structure(self.rule.structure, path, mask, axes)
         leaves, treedef = jax.tree.flatten(params)
         rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
         return jax.tree.unflatten(
@@ -189,8 +193,11 @@ class Sparse:
                 outgoing[i] = outgoing[i] + term.astype(outgoing[i].dtype)
         if self.memory is not None:
             for i in sparse:
-                kept[i] = self.memory.update(view(i, weights[i], dense_grads[i]))
+                stack = () if facts[i] is None else facts[i].stack
+                kept[i] = by_layer(self.memory.update, stack)(view(i, weights[i], dense_grads[i]))
         if self.grow_batches > 1:
+            if grads is None:
+                raise ValueError(f"grow_batches={self.grow_batches} sums gradients: {NO_GRAD}")
             sums = self._add_up(count, sums, dense_grads)
 
         outgoing = [masked(m, u) for m, u in zip(old, outgoing, strict=True)]
@@ -284,14 +291,20 @@ def _positions(mask: jax.Array, fact: Facts | None) -> jax.Array:
 
 def _check_parts(layout: Layout, facts: list[Facts | None], rule: Rule, indices: bool) -> None:
     """Raise a ValueError that names the leaf where parts and options do not go together."""
-    for (path, _), fact in zip(layout.leaves, facts, strict=True):
+    for (path, leaf), fact in zip(layout.leaves, facts, strict=True):
         if fact is None:
             continue
         cut = [axis for axis, parts in enumerate(fact.grid) if parts > 1]
+        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
+        if indices and any(name is not None and i not in cut for i, name in enumerate(spec)):
+            raise ValueError(
+                f"{path_name(path)} is split over mesh axes {spec}: packed=True and indices=True "
+                "then need blocks=dstee.blocks_of(params)."
+            )
         if cut and not rule.plan.exchanges:
             raise ValueError(
                 f"{path_name(path)} is cut into {fact.grid} parts, each of which keeps its count, "
-                "and the plan changes counts: leave stack_axes= and blocks= out, or plan=."
+                "which needs a plan that exchanges: leave stack_axes= and blocks= out, or plan=."
             )
         if rule.structure is not None and set(cut) - set(fact.stack):
             raise ValueError(

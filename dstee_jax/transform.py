@@ -106,18 +106,20 @@ def transform(
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask
         before it.
       counter_dtype: unsigned integer type; counters saturate.
-      selection: `'top_k'`, or the bisection (`'auto'` and `'bisection'`): same result. Take
-        `'sharded'` for parameters that are split over Auto mesh axes; Explicit ones are seen.
+      selection: of `drop_and_grow`: same result, different cost. Take `'sharded'` for parameters
+        that are split over Auto mesh axes; Explicit ones are seen.
       stack_axes: `(path, leaf) -> axes` that stack layers, as the first one of a scanned
         block: `lambda path, leaf: (0,) if "blocks" in str(path) else ()`. Each layer keeps its
         own count, and `where`, the distribution and the scores see it as a leaf of its own.
       blocks: `(path, leaf) -> parts` of each axis, as (8, 1): each of the equal blocks keeps
         its own count, and what is done within a block stays on the device that holds it. For
-        packed leaves that are sharded (see docs/scaling.md). It changes the masks, whatever
-        the number of devices.
+        packed leaves that are sharded (`dstee.blocks_of`). It changes the masks, whatever the
+        number of devices. Asked of sparse leaves alone.
       packed: `inner` sees, and keeps moments for, the active weights only. Its state's leaves
-        must be scalars or have one value for each weight. Same masks and parameters. Mask
-        steps carry the moments of surviving weights over.
+        must be scalars or have one value for each weight. Mask steps carry the moments of
+        surviving weights over. Same masks and parameters, if `inner` treats weights one by one
+        or by norms of a whole leaf or tree; not if it takes means over a leaf or an axis, or
+        draws noise (`optax.centralize`, `adaptive_grad_clip`, `clip_by_block_rms`).
       indices: keep the positions of the active weights in the state, 4 bytes each, for
         `dstee.pmean`; `packed` has them anyway.
       grow_batches: rounds see the mean gradient of the last n steps, the mask step's among
@@ -172,7 +174,7 @@ def transform(
     if structure is not None and plan is not None and not plan.exchanges:
         raise ValueError("structure= keeps the count of every leaf: leave plan= out.")
     if masks is not None:
-        masks = masks_lib.given_masks(masks, fixed=every is None, structure=structure)
+        masks = masks_lib.given_masks(masks, fixed=every is None)
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(
@@ -183,7 +185,6 @@ def transform(
         drop=scores.magnitude() if drop is None else drop,
         grow=scores.acquisition() if grow is None else grow,
         plan=plans.exchange() if plan is None else plan,
-        memory=memory,
         structure=structure,
         regrow=regrow,
         counter_update=counter_update,
@@ -193,11 +194,13 @@ def transform(
         raise ValueError("packed=True is about inner's state: give an optimizer to transform.")
     if (packed or indices) and not rule.plan.exchanges:
         raise ValueError(
-            "packed=True and indices=True need counts that stay, and the plan of this method "
-            "changes them: leave them out."
+            "packed=True and indices=True need a plan that exchanges, so that counts stay: leave "
+            "them out."
         )
     if grow_batches != int(grow_batches) or grow_batches < 1:
         raise ValueError(f"grow_batches={grow_batches} must be an integer of 1 or more.")
+    if grow_batches > 1 and every is None:
+        raise ValueError(f"grow_batches={grow_batches} and every=None: there is no round to grow.")
     if grow_batches > 1 and grow_batches > rounds.shortest:
         raise ValueError(
             f"grow_batches={grow_batches} is more than the {rounds.shortest} steps between "

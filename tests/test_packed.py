@@ -159,8 +159,9 @@ def test_optimizers_that_do_not_fit(inner, message):
     ("options", "message"),
     [
         ({"inner": None, "packed": True}, "give an optimizer"),
-        ({"plan": dstee.plans.below_zero(), "indices": True}, "counts that stay"),
+        ({"plan": dstee.plans.below_zero(), "indices": True}, "a plan that exchanges"),
         ({"grow_batches": 0}, "grow_batches=0 must be"),
+        ({"grow_batches": 2, "every": None}, "there is no round"),
         ({"grow_batches": 4}, "grow_batches=4 is more than the 3 steps"),
         ({"blocks": lambda path, leaf: (5, 1)}, r"\(5, 1\) for a/kernel of shape \(16, 24\)"),
         ({"stack_axes": lambda path, leaf: (3,)}, r"gives \(3,\) for a/kernel"),
@@ -203,6 +204,14 @@ def test_apply_in_a_chain_and_without_packing():
             continue
         start = dstee.apply_masks(params, state)
         close(dstee.apply(tx, tree(1), state, start)[0], by_update(tx, tree(1), state, start)[0])
+
+
+def test_apply_where_another_link_needs_whole_updates():
+    params = tree(0)
+    tx = optax.apply_if_finite(make(packed=True), 3)
+    state = tx.init(params)
+    params = dstee.apply_masks(params, state)
+    close(dstee.apply(tx, tree(1), state, params)[0], by_update(tx, tree(1), state, params)[0])
 
 
 # ---------------------------------------------------------------------------- parts of a leaf
@@ -287,6 +296,34 @@ def test_a_transformer_of_200_leaves_has_few_programs():
     assert text.count("stablehlo.while") <= 3 * 7 * 3
 
 
+def test_memory_of_a_stacked_leaf_is_kept_by_layer():
+    scale = jnp.array([1.0, 10.0, 100.0])[:, None, None]
+    params = {"kernel": jax.random.normal(KEY, (3, 8, 12)) * scale}
+    tx = make(stack_axes=stacked, memory=dstee.memory.admm(1, 10, 1))
+    _, state = tx.update(params, tx.init(params), params)
+    z = state.rule_state.memory["kernel"][0]
+    equal((z != 0).sum((1, 2)), state.masks["kernel"].sum((1, 2)))
+
+
+def test_given_masks_of_stacked_layers_have_the_structure_each():
+    mask = np.zeros((2, 12, 4), bool)
+    for layer, fan_in in enumerate(([3, 5, 3, 5], [5, 3, 5, 3])):
+        for unit, n in enumerate(fan_in):
+            mask[layer, :n, unit] = True
+    options = {"stack_axes": stacked, "structure": dstee.structures.constant_fan_in()}
+    tx = make(sparsity=None, masks={"kernel": mask}, **options)
+    with pytest.raises(ValueError, match="kernel does not have the structure"):
+        tx.init({"kernel": jnp.ones((2, 12, 4))})
+
+
+def test_leaves_that_stay_dense_need_no_parts():
+    params = {"kernel": jnp.ones((16, 24)), "embedding": jnp.ones((5, 3)), "scale": 1.0}
+    state = make(blocks=lambda path, leaf: (8, 1)).init(params)
+    assert int(state.masks["kernel"].sum()) == 96
+    big = jax.ShapeDtypeStruct((2**20, 2**13), jnp.bfloat16)
+    jax.eval_shape(make().init, {"kernel": jnp.ones((16, 24)), "embedding": big})
+
+
 # ---------------------------------------------------------------------------- gradients
 
 
@@ -306,6 +343,17 @@ def test_growth_score_from_several_gradients():
             mask = oracle.drop_and_grow(mask, np.abs(np.asarray(params["kernel"])), score, k, False)
         params, state = by_update(tx, grads, state, params)
         equal(state.masks["kernel"], mask)
+
+
+def test_gradients_are_summed_in_float32_and_asked_for():
+    params = {"kernel": jnp.ones((16, 24), jnp.bfloat16)}
+    with jax.numpy_dtype_promotion("strict"):
+        state = make(grow_batches=2).init(params)
+        assert state.rule_state.gradients["kernel"].dtype == jnp.float32
+        make(grow_batches=2).update(params, state, params)
+    tx = dstee.transform(sparsity=0.75, total_steps=20, every=3, key=KEY, grow_batches=2)
+    with pytest.raises(ValueError, match=r"grow_batches=2 sums gradients: .*grad=grads"):
+        tx.update(params, tx.init(params), params)
 
 
 @pytest.mark.parametrize("packed_", [False, True])

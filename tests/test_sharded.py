@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -41,8 +42,7 @@ def place(params, mesh):
 def steps(tx, params, state, n=7):
     def step(params, state, grads):
         grads = jax.tree.map(lambda g, p: g + 0.1 * p, grads, params)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return dstee.apply(tx, grads, state, params)
 
     run = None
     for i in range(n):
@@ -146,6 +146,32 @@ def test_accumulated_gradients_are_exact_when_sharded():
     equal(jax.device_get(state.masks), expected.masks)
 
 
+def test_states_of_nnx_lie_as_their_parameters():
+    model = nnx.Linear(16, 24, rngs=nnx.Rngs(0))
+    mesh = mesh_of(AxisType.Auto)
+    places = {"kernel": P("fsdp", "tp"), "bias": P()}
+    params = nnx.state(model, nnx.Param)
+    for name, spec in places.items():
+        place_ = NamedSharding(mesh, spec)
+        params[name].set_value(jax.device_put(params[name].get_value(), place_))
+    shapes = jax.eval_shape(make(packed=True).init, params)
+    shardings = dstee.state_shardings(shapes, params)
+    for tree_ in (shardings.masks, shardings.counters, shardings.inner_state[0].trace):
+        (kernel,) = [s for s in jax.tree.leaves(tree_) if s.spec]
+        assert kernel.spec == P("fsdp", "tp")
+
+
+def test_packed_leaves_over_explicit_axes_need_blocks():
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = place({"up": {"kernel": jnp.ones((16, 16))}}, mesh)
+        with pytest.raises(ValueError, match=r"up/kernel is split .*blocks=dstee.blocks_of"):
+            jax.jit(make(packed=True).init).lower(params)
+    blocks = dstee.blocks_of(params)
+    with pytest.raises(ValueError, match="given no kernel: pass it the same tree"):
+        make(packed=True, blocks=blocks).init({"kernel": jnp.ones((16, 16))})
+
+
 def test_parameters_without_a_mesh_are_refused():
     with pytest.raises(ValueError, match=r"kernel has sharding .*jax\.device_put"):
         dstee.state_shardings({}, {"kernel": jnp.ones((2, 2))})
@@ -235,6 +261,19 @@ def test_pmean_sends_the_active_entries():
     assert (99 * active + dense) / 100 <= 0.065 * dense
 
 
+def test_parameters_in_a_tuple():
+    params = (jnp.ones((16, 24)), jnp.ones(24))
+    state = make(indices=True).init(params)
+    mean = jax.shard_map(
+        lambda g, s: dstee.pmean(g, s, "data"),
+        mesh=MESH,
+        in_specs=P(),
+        out_specs=P(),
+        check_vma=False,
+    )
+    assert int(jax.jit(mean)(params, state)[0].sum()) == 96
+
+
 def test_gradients_that_are_read_densely_travel_densely():
     tx = dstee.methods.snfs(optax.sgd(0.1), sparsity=0.8, total_steps=20, key=KEY_, every=5)
     assert bool(tx.init(PARAMS).needs_dense)
@@ -288,6 +327,8 @@ def test_pmean_refuses():
     with pytest.raises(ValueError, match="pass packed=True or indices=True"):
         dstee.pmean(PARAMS, tx.init(PARAMS), "data")
     tx = make(optax.sgd(0.01), indices=True)
+    with pytest.raises(ValueError, match="params has no leaf"):
+        dstee.state_shardings({}, {})
 
     def summed(params, state, x):
         return dstee.pmean(jax.grad(loss)(params, x), state, "data")
