@@ -37,8 +37,8 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
       ...                      key=jax.random.key(0))
       >>> shardings = dstee.state_shardings(jax.eval_shape(tx.init, params), params)
       >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
-      >>> opt_state.masks["kernel"].sharding.spec
-      PartitionSpec('fsdp',)
+      >>> opt_state.masks["kernel"].sharding == params["kernel"].sharding
+      True
     """
     by_path = _placed(params)
     if not by_path:

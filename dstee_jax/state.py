@@ -56,9 +56,9 @@ class LeafWithoutGrad(Leaf):
 
 
 NO_GRAD = (
-    "dstee.transform() without an inner optimizer sees only the updates that come down the chain: "
-    "pass the raw gradient, tx.update(grads, opt_state, params, grad=grads), or give the optimizer "
-    "to transform, dstee.transform(optax.sgd(0.1), ...)."
+    "dstee.transform() without an inner optimizer sees only the updates that come down the chain. "
+    "Pass the raw gradient: tx.update(grads, opt_state, params, grad=grads), or give the optimizer "
+    "to transform: dstee.transform(optax.sgd(0.1), ...)."
 )
 
 

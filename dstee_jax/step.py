@@ -1,6 +1,7 @@
 """The two functions of `transform`: the first state, and one step from state to state."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -183,18 +184,16 @@ class Sparse:
                 target=None if facts[i] is None else facts[i].of_layer(weights[i].shape),
             )
 
-        sparse = [i for i, mask in enumerate(masks_now) if not is_dense(mask)]
-        if self.penalty is not None:
-            for i in sparse:
-                leaf = view(i, weights[i], dense_grads[i])
-                leaf = leaf._replace(key=jax.random.fold_in(leaf.key, 2))
-                stack = () if facts[i] is None else facts[i].stack
-                term = by_layer(self.penalty, stack)(leaf)
-                outgoing[i] = outgoing[i] + term.astype(outgoing[i].dtype)
-        if self.memory is not None:
-            for i in sparse:
-                stack = () if facts[i] is None else facts[i].stack
-                kept[i] = by_layer(self.memory.update, stack)(view(i, weights[i], dense_grads[i]))
+        def now(i: int) -> Leaf:
+            return view(i, weights[i], dense_grads[i])
+
+        stacks = {
+            i: () if facts[i] is None else facts[i].stack
+            for i, mask in enumerate(masks_now)
+            if not is_dense(mask)
+        }
+        outgoing = self._penalised(now, stacks, outgoing)
+        kept = self._remembered(now, stacks, kept)
         if self.grow_batches > 1:
             if grads is None:
                 raise ValueError(f"grow_batches={self.grow_batches} sums gradients: {NO_GRAD}")
@@ -260,6 +259,30 @@ class Sparse:
             needs_dense=self.needs_dense(count + 1),
             indices=replace_leaves(state.indices, params, where_active) if self.indices else (),
         )
+
+    def _penalised(
+        self, leaf: Callable[[int], Leaf], stacks: Mapping[int, Any], grads: list[Any]
+    ) -> list[Any]:
+        """The gradients with the penalty's term, each layer for itself."""
+        if self.penalty is None:
+            return grads
+        result = list(grads)
+        for i, stack in stacks.items():
+            seen = leaf(i)
+            seen = seen._replace(key=jax.random.fold_in(seen.key, 2))
+            result[i] += by_layer(self.penalty, stack)(seen).astype(grads[i].dtype)
+        return result
+
+    def _remembered(
+        self, leaf: Callable[[int], Leaf], stacks: Mapping[int, Any], kept: list[Any]
+    ) -> list[Any]:
+        """The memories after this step, each layer for itself."""
+        if self.memory is None:
+            return kept
+        result = list(kept)
+        for i, stack in stacks.items():
+            result[i] = by_layer(self.memory.update, stack)(leaf(i))
+        return result
 
     def _add_up(self, count: jax.Array, sums: list[Any], grads: list[Any]) -> list[Any]:
         """The sums of dense gradients over the last `grow_batches` steps before a round."""

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import dstee_jax as dstee
-from dstee_jax.masks import leaf_counts
+from dstee_jax.counts import leaf_counts
 from dstee_jax.state import leaves_with_path, path_name
 from experiments.arguments import Parser
 from experiments.checkpoints import Checkpoints
@@ -77,7 +77,7 @@ def masks_of(distribution: str, sparsity: float) -> Any:
     FLOPs depend on the number of active weights in each leaf alone: the first ones are active.
     """
     _, params = network()
-    counts = leaf_counts(params, sparsity, DISTRIBUTIONS[distribution])
+    counts = leaf_counts(params, sparsity, DISTRIBUTIONS[distribution], dstee.kernels)
     masks = [
         optax.MaskedNode() if n is None else (np.arange(leaf.size) < n).reshape(leaf.shape)
         for n, leaf in zip(counts, jax.tree.leaves(params), strict=True)

@@ -154,7 +154,7 @@ def test_states_of_nnx_lie_as_their_parameters():
     for name, spec in places.items():
         place_ = NamedSharding(mesh, spec)
         params[name].set_value(jax.device_put(params[name].get_value(), place_))
-    shapes = jax.eval_shape(make(packed=True).init, params)
+    shapes = jax.eval_shape(make().init, params)
     shardings = dstee.state_shardings(shapes, params)
     for tree_ in (shardings.masks, shardings.counters, shardings.inner_state[0].trace):
         (kernel,) = [s for s in jax.tree.leaves(tree_) if s.spec]

@@ -132,7 +132,7 @@ MAKE = dict(sparsity=0.5, total_steps=300, key=KEY, distribution=dstee.uniform)
                 structure=structures.constant_fan_in(),
                 total_steps=300,
                 key=KEY,
-            ),
+            ).init({"kernel": jnp.ones((4, 4))}),
             "the mask given for kernel does not have the structure",
         ),
     ],
