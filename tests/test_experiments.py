@@ -109,6 +109,19 @@ def cifar_args(data_dir, tmp_path, *extra):
     return cifar.parse([*command, f"--data_dir={data_dir}", f"--results={tmp_path}/r", *extra])
 
 
+def test_cifar_with_a_sparse_allreduce(data_dir, tmp_path, capsys):
+    record = cifar.run(cifar_args(data_dir, tmp_path, "--method=rigl", "--sparse_allreduce"))
+    assert record["density"] == pytest.approx(0.05, abs=1e-3)
+    assert record["options"]["sparse_allreduce"] is True
+    args = cifar_args(data_dir, tmp_path, "--method=rigl", "--sparse_allreduce")
+    args.batch = 9
+    with pytest.raises(ValueError, match="--batch 9 must be a multiple of the 8 devices"):
+        cifar.run(args)
+    with pytest.raises(SystemExit):
+        cifar.parse(["--method=str", "--sparse_allreduce"])
+    assert "--method str trains no masks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("method", "stops"),
     # SIS prunes after 3 of 5 epochs: stopped just before that, and after it.
