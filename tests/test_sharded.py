@@ -1,6 +1,5 @@
 """Parameters over 8 devices, Auto and Explicit axes; gradients averaged sparsely."""
 
-import contextlib
 import functools
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax._src.dispatch import runtime_tokens
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -318,8 +318,7 @@ def test_replicas_that_differ_are_found():
 
     with pytest.raises(Exception, match="differ between devices: start all from one state"):
         go()
-    with contextlib.suppress(Exception):  # the other devices' errors
-        jax.effects_barrier()
+    runtime_tokens.clear()  # else JAX raises the other devices' errors again at the exit
 
 
 def test_pmean_refuses():
