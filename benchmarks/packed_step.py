@@ -43,12 +43,13 @@ class Loop:
         self.params = jax.tree.map(jnp.copy, params)
         if count is not None:
             self.params = dstee.apply_masks(self.params, self.state)
-        self.step = jax.jit(functools.partial(step, tx), donate_argnums=(1, 2))
+        # Donated arguments and results in one order: XLA pairs buffers of a shape in turn.
+        self.step = jax.jit(lambda p, s, g: step(tx, g, s, p), donate_argnums=(0, 1))
 
     def __call__(self):
         if self.count is not None:  # hold the clock: always, or never, a mask step
             self.state = self.state._replace(count=jnp.int32(self.count))
-        self.params, self.state = self.step(self.grads, self.state, self.params)
+        self.params, self.state = self.step(self.params, self.state, self.grads)
         return self.params
 
 
