@@ -20,8 +20,8 @@ def apply(
 
     With `transform(inner, packed=True)`, as `tx` or the last link of an `optax.chain`, the
     updates of inactive weights are never made: on ordinary steps only the active entries of the
-    parameters are read and written. Donate `opt_state` and `params` to `jit`, or it copies
-    them, and in the order in which the new ones are returned. With any other `tx` it does the two calls.
+    parameters are read and written. Donate `params` and `opt_state` to `jit`, in the order in
+    which it returns them, or it copies them. With any other `tx` it does the two calls.
 
     Inactive parameters must be zero, as `apply_masks` and every step leave them; `tx.update`
     makes them zero whatever they were, `apply` does not look at them.
