@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Layout:
     def share(self, i: int, by_layer: list[int]) -> Count:
         """Counts of the i-th leaf's parts from those of its layers."""
         shape, grid, stack = self.leaves[i][1].shape, self.grid(i), self.stacks[i]
-        cut = cut_axes(shape, grid)
+        cut = cut_axes(grid)
         if not cut:
             return by_layer[0]
         sizes = [shape[axis] if axis in stack else 1 for axis in cut]
@@ -163,3 +163,53 @@ def equal(count: Count) -> int | None:
     """The count of every part, None if they differ."""
     values = np.unique(count)
     return int(values[0]) if values.size == 1 else None
+
+
+class Facts(NamedTuple):
+    """What is known of a sparse leaf from shapes."""
+
+    target: Count  # active weights at the asked sparsity, of each part
+    start: Count  # the same at step 0
+    grid: Grid  # how many parts each axis has
+    stack: tuple[int, ...]  # axes that stack layers
+
+    def of_layer(self, shape: tuple[int, ...]) -> int | None:
+        """Active weights of each layer of the leaf at the asked sparsity, None if they differ."""
+        if equal(self.target) is None:
+            return None
+        return total(self.target) // math.prod(shape[axis] for axis in self.stack)
+
+
+def check_parts(
+    layout: Layout,
+    facts: Sequence[Facts | None],
+    exchanges: bool,
+    structure: Structure | None,
+    indices: bool,
+) -> None:
+    """Raise a ValueError that names the leaf where parts and options do not go together."""
+    for (path, leaf), fact in zip(layout.leaves, facts, strict=True):
+        if fact is None:
+            continue
+        cut = cut_axes(fact.grid)
+        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
+        if indices and any(name is not None and i not in cut for i, name in enumerate(spec)):
+            raise ValueError(
+                f"{path_name(path)} is split over mesh axes {spec}: packed=True and indices=True "
+                "then need blocks=dstee.blocks_of(params)."
+            )
+        if cut and not exchanges:
+            raise ValueError(
+                f"{path_name(path)} is cut into {fact.grid} parts, each of which keeps its count, "
+                "which needs a plan that exchanges: leave stack_axes= and blocks= out, or plan=."
+            )
+        if structure is not None and set(cut) - set(fact.stack):
+            raise ValueError(
+                f"{path_name(path)} is cut into {fact.grid} blocks, which structure= does not "
+                "respect: leave blocks= out."
+            )
+        if indices and equal(fact.target) is None:
+            raise ValueError(
+                f"the layers or blocks of {path_name(path)} have {np.unique(fact.target)} active "
+                f"weights: packed=True and indices=True need as many in each of {fact.grid}."
+            )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.state import PyTree, is_dense, leaves_with_path, parts
+from dstee_jax.state import PyTree, is_dense, leaves_with_path, path_parts
 
 
 def owners(state: PyTree, params: PyTree) -> list[int | None]:
@@ -23,11 +23,11 @@ def owners(state: PyTree, params: PyTree) -> list[int | None]:
       params: the parameters it was made for.
     """
     leaves = _arrays(params)
-    index = {parts(path): i for i, (path, _) in enumerate(leaves)}
+    index = {path_parts(path): i for i, (path, _) in enumerate(leaves)}
 
     def owner(path: Any, leaf: Any) -> int | None:
         for start in range(len(path) + 1):
-            i = index.get(parts(path)[start:])
+            i = index.get(path_parts(path)[start:])
             if i is not None and _alike(leaves[i][1], leaf):
                 return i
         return None

@@ -26,9 +26,9 @@ def sharding_of(x: jax.Array) -> NamedSharding | None:
     return jax.typeof(x).sharding if is_sharded(x) else None
 
 
-def cut_axes(shape: tuple[int, ...], grid: Grid) -> list[int]:
+def cut_axes(grid: Grid) -> list[int]:
     """Axes with more than one part."""
-    return [axis for axis in range(len(shape)) if grid[axis] > 1]
+    return [axis for axis, parts in enumerate(grid) if parts > 1]
 
 
 def inner_axes(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ def flatten(x: jax.Array, grid: Grid) -> jax.Array:
 def unflatten(x: jax.Array, shape: tuple[int, ...], grid: Grid) -> jax.Array:
     """Undo `flatten`: an array of `shape`."""
     inner = inner_axes(shape, grid)
-    ndim = len(shape) + len(cut_axes(shape, grid))
+    ndim = len(shape) + len(cut_axes(grid))
     outer = [axis for axis in range(ndim) if axis not in inner]
     within = [n // parts for n, parts in zip(shape, grid, strict=True)]
     back = sorted(range(ndim), key=[*outer, *inner].__getitem__)

@@ -1,7 +1,6 @@
 """One round over all leaves: counts, new masks and counters, behind one `lax.cond`."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -11,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dstee_jax.counts import Count, equal, total
-from dstee_jax.parts import Grid, sharding_of
+from dstee_jax.counts import Facts, total
+from dstee_jax.parts import sharding_of
 from dstee_jax.plans import Plan, Round
 from dstee_jax.schedule import Rounds
 from dstee_jax.scores import Score
@@ -23,21 +22,6 @@ from dstee_jax.structures import Structure
 
 # Leaves that are alike share a program from this many on: it compiles once, and copies them.
 STACK_FROM = 8
-
-
-class Facts(NamedTuple):
-    """What is known of a sparse leaf from shapes."""
-
-    target: Count  # active weights at the asked sparsity, of each part
-    start: Count  # the same at step 0
-    grid: Grid  # how many parts each axis has
-    stack: tuple[int, ...]  # axes that stack layers
-
-    def of_layer(self, shape: tuple[int, ...]) -> int | None:
-        """Active weights of each layer of the leaf at the asked sparsity, None if they differ."""
-        if equal(self.target) is None:
-            return None
-        return total(self.target) // math.prod(shape[axis] for axis in self.stack)
 
 
 class Row(NamedTuple):

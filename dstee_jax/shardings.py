@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dstee_jax.counts import Blocks
-from dstee_jax.state import PyTree, is_dense, leaves_with_path, parts, path_name
+from dstee_jax.state import PyTree, is_dense, leaves_with_path, path_name, path_parts
 
 
 def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
@@ -46,7 +46,7 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
     mesh = next(iter(by_path.values()))[1].mesh
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        names = parts(path)
+        names = path_parts(path)
         if names[-1:] == ("value",) and names not in by_path:  # of a Variable of Flax NNX
             names = names[:-1]
         for start in range(len(names) + 1):
@@ -77,11 +77,11 @@ def blocks_of(params: PyTree) -> Blocks:
     by_path = _placed(params)
 
     def blocks(path: Any, leaf: Any) -> tuple[int, ...]:
-        if parts(path) not in by_path:
+        if path_parts(path) not in by_path:
             raise ValueError(
                 f"blocks_of was given no {path_name(path)}: pass it the same tree as tx.init."
             )
-        shape, place = by_path[parts(path)]
+        shape, place = by_path[path_parts(path)]
         spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
         return tuple(_devices(place, names) for names in spec)
 
@@ -100,7 +100,7 @@ def _placed(params: PyTree) -> dict[tuple[str, ...], tuple[tuple[int, ...], Name
                 f"{path_name(path)} has sharding {place}: put the parameters on a mesh first, with "
                 "jax.device_put or as jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
             )
-        by_path[parts(path)] = (tuple(leaf.shape), place)
+        by_path[path_parts(path)] = (tuple(leaf.shape), place)
     return by_path
 
 

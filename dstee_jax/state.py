@@ -90,7 +90,7 @@ def leaves_with_path(tree: PyTree) -> list[tuple[Any, Any]]:
     return [(path, x.get_value() if _is_variable(x) else x) for path, x in pairs]
 
 
-def parts(path: Any) -> tuple[str, ...]:
+def path_parts(path: Any) -> tuple[str, ...]:
     """A key path as strings, for comparing paths through trees of different types."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
@@ -101,12 +101,12 @@ def mask_leaves(masks: PyTree, params: PyTree) -> list[Any]:
     Compares paths, not tree types. A MaskedNode in `params` is what `optax.masked` leaves there:
     not a leaf. One in `masks` stands for all that `params` has below it.
     """
-    given = {parts(path): mask for path, mask in leaves_with_path(masks)}
+    given = {path_parts(path): mask for path, mask in leaves_with_path(masks)}
     flat, unused = [], {path for path, mask in given.items() if not is_dense(mask)}
     for path, node in leaves_with_path(params):
         if is_dense(node):
             continue
-        full = parts(path)
+        full = path_parts(path)
         above = [full[:n] for n in range(len(full), -1, -1)]
         found = next((p for p in above if p in given and (p == full or is_dense(given[p]))), None)
         if found is None:

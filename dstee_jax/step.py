@@ -12,11 +12,21 @@ from jax import lax
 
 from dstee_jax import emit, packed
 from dstee_jax import masks as masks_lib
-from dstee_jax.counts import Blocks, Layout, Sparsity, StackAxes, Where, equal, leaf_counts, total
+from dstee_jax.counts import (
+    Blocks,
+    Facts,
+    Layout,
+    Sparsity,
+    StackAxes,
+    Where,
+    check_parts,
+    leaf_counts,
+    total,
+)
 from dstee_jax.distributions import Distribution
 from dstee_jax.emit import Inner, masked
 from dstee_jax.memory import Memory, first_rule_state, recall, remember
-from dstee_jax.rule import Facts, Rule, update_topology
+from dstee_jax.rule import Rule, update_topology
 from dstee_jax.schedule import Rounds
 from dstee_jax.scores import Score
 from dstee_jax.stacking import by_layer
@@ -59,7 +69,7 @@ class Sparse:
 
     def layout(self, params: PyTree) -> tuple[Layout, list[Any]]:
         """How leaves are cut, and the counts of each: None where dense or masks are traced."""
-        layout = Layout(params, self.stack_axes, self.blocks)
+        layout, plan = Layout(params, self.stack_axes, self.blocks), self.rule.plan
         if self.masks is not None:
             masks_lib.check_masks(self.masks, params)
             targets: list[Any] = [
@@ -74,12 +84,12 @@ class Sparse:
                 return leaf_counts(params, *args)
 
             targets = spread(self.sparsity)
-            starts = self.rule.plan.first_counts(params, targets, spread)
+            starts = plan.first_counts(params, targets, spread)
         facts: list[Facts | None] = [
             None if target is None else Facts(target, start, layout.grid(i), layout.stacks[i])
             for i, (target, start) in enumerate(zip(targets, starts, strict=True))
         ]
-        _check_parts(layout, facts, self.rule, self.indices)
+        check_parts(layout, facts, plan.exchanges, self.rule.structure, self.indices)
         return layout, facts
 
     def full(self, params: PyTree, facts: list[Facts | None]) -> list[bool]:
@@ -199,11 +209,14 @@ class Sparse:
                 raise ValueError(f"grow_batches={self.grow_batches} sums gradients: {NO_GRAD}")
             sums = self._add_up(count, sums, dense_grads)
 
-        outgoing = [masked(m, u) for m, u in zip(old, outgoing, strict=True)]
         dense = [optax.MaskedNode()] * len(weights)
         where_active = mask_leaves(state.indices, params) if self.indices else dense
         in_inner = where_active if self.packed else dense
-        seen, outgoing = (packed.take_each(x, in_inner) for x in (weights, outgoing))
+        seen = packed.take_each(weights, in_inner)
+        outgoing = [
+            masked(mask, u) if is_dense(where) else packed.take(u, where)
+            for mask, where, u in zip(old, in_inner, outgoing, strict=True)
+        ]
         inner = None
         if self.inner is not None:
             trees = (
@@ -310,35 +323,6 @@ def _positions(mask: jax.Array, fact: Facts | None) -> jax.Array:
             "compiled, and masks= is traced: make the masks outside jit and vmap."
         )
     return packed.positions(mask, int(np.max(fact.target)), fact.grid)
-
-
-def _check_parts(layout: Layout, facts: list[Facts | None], rule: Rule, indices: bool) -> None:
-    """Raise a ValueError that names the leaf where parts and options do not go together."""
-    for (path, leaf), fact in zip(layout.leaves, facts, strict=True):
-        if fact is None:
-            continue
-        cut = [axis for axis, parts in enumerate(fact.grid) if parts > 1]
-        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
-        if indices and any(name is not None and i not in cut for i, name in enumerate(spec)):
-            raise ValueError(
-                f"{path_name(path)} is split over mesh axes {spec}: packed=True and indices=True "
-                "then need blocks=dstee.blocks_of(params)."
-            )
-        if cut and not rule.plan.exchanges:
-            raise ValueError(
-                f"{path_name(path)} is cut into {fact.grid} parts, each of which keeps its count, "
-                "which needs a plan that exchanges: leave stack_axes= and blocks= out, or plan=."
-            )
-        if rule.structure is not None and set(cut) - set(fact.stack):
-            raise ValueError(
-                f"{path_name(path)} is cut into {fact.grid} blocks, which structure= does not "
-                "respect: leave blocks= out."
-            )
-        if indices and equal(fact.target) is None:
-            raise ValueError(
-                f"the layers or blocks of {path_name(path)} have {np.unique(fact.target)} active "
-                f"weights: packed=True and indices=True need as many in each of {fact.grid}."
-            )
 
 
 def _leaves_like(treedef: Any, tree: PyTree, what: str) -> list[jax.Array]:

@@ -14,8 +14,6 @@ where the devices compute the same twice. SIGTERM saves and leaves.
 
 import argparse
 import functools
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +39,7 @@ from experiments.learner import (
 )
 from experiments.methods import METHODS, measures
 from experiments.models import ResNet50, Small, count_weights
-from experiments.runs import Log, Preemption, check_same_command
+from experiments.runs import Log, Preemption, check_same_command, leave
 
 CLASSES = 1000
 # Mean and standard deviation of the channels of ImageNet's training images, in units of 255.
@@ -377,19 +375,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.fake_data and METHODS[args.method].first_masks is not None:
         parser.error(f"--method {args.method} needs data for its masks: leave --fake_data out.")
     return args
-
-
-def leave(error: Exception) -> None:
-    """End this process at once: waiting for the others at the exit could take minutes."""
-    sys.stdout.flush()
-    print(
-        f"error: process {jax.process_index()} of {jax.process_count()} can't go on:\n{error}\n"
-        "If another process has died, start the same command again on all of them (any number of "
-        "devices): it goes on from the last checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,8 +1,10 @@
-"""What a long run needs around its training: its settings, its log, and a way to be stopped."""
+"""What a long run needs around its training: its settings, its log, and ways to be stopped."""
 
 import argparse
 import json
+import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -32,6 +34,19 @@ def check_same_command(args: argparse.Namespace, free: set[str]) -> None:
         raise SystemExit(
             f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
         )
+
+
+def leave(error: Exception) -> None:
+    """End this process at once: waiting for the others at the exit could take minutes."""
+    sys.stdout.flush()
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()} can't go on:\n{error}\n"
+        "If another process has died, start the same command again on all of them (any number of "
+        "devices): it goes on from the last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 class Preemption:
