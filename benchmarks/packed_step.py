@@ -56,11 +56,13 @@ class Loop:
 def optimizer_step(params, grads) -> None:
     plain = optax.adamw(1e-3)
     packed = dstee.transform(plain, key=jax.random.key(0), packed=True, **OPTIONS)
+    stays = dstee.transform(plain, key=jax.random.key(0), packed=True, **OPTIONS | {"every": None})
     whole = dstee.transform(plain, key=jax.random.key(0), **OPTIONS)
     t = medians(
         {
             "dense": Loop(plain, two_calls, params, grads),
             "apply": Loop(packed, dstee.apply, params, grads, EVERY),
+            "apply, every=None": Loop(stays, dstee.apply, params, grads, EVERY),
             "packed update": Loop(packed, two_calls, params, grads, EVERY),
             "unpacked update": Loop(whole, two_calls, params, grads, EVERY),
             "mask step, apply": Loop(packed, dstee.apply, params, grads, EVERY - 1),
