@@ -27,11 +27,12 @@ def test_erk_agrees_with_the_oracle(sparsity):
     sparsity=st.floats(0, 0.9),
     distribution=st.sampled_from([dstee.erk, dstee.uniform]),
 )
-def test_total_is_within_one_weight_per_leaf(shapes, sparsity, distribution):
+def test_total_is_within_three_halves_of_a_weight_per_leaf(shapes, sparsity, distribution):
+    """RigL's ERK rounds the zeros of each leaf down, and the counts are rounded."""
     named = {str(i): tuple(s) for i, s in enumerate(shapes)}
     counts = active_counts(named, sparsity, distribution)
     target = sum((1 - sparsity) * math.prod(s) for s in shapes)
-    assert abs(sum(counts.values()) - target) <= len(shapes)
+    assert abs(sum(counts.values()) - target) <= 1.5 * len(shapes)
     assert all(1 <= counts[n] <= math.prod(s) for n, s in named.items())
 
 
