@@ -41,7 +41,8 @@ def collectives(text: str, trips: int = 15) -> list[Collective]:
     Args:
       text: `compiled.as_text()`.
       trips: how often a `while` without a known trip count runs at most; 15 for the bisection
-        of 32-bit keys, two bits a pass, of which the first is before the loop.
+        of 32-bit keys, two bits a pass, of which the first is before the loop. A loop whose
+        body ends it runs once.
     """
     bodies, entry = _computations(text)
     return list(_walk(bodies, entry, (), 1, trips))
@@ -72,9 +73,11 @@ def _walk(
             yield Collective(found.group(2), sizes, branches, times)
         if " while(" in line:
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            n = int(known.group(1)) if known else trips
             body = re.search(r"body=%?([\w.\-]+)", line).group(1)
             condition = re.search(r"condition=%?([\w.\-]+)", line).group(1)
+            n = int(known.group(1)) if known else trips
+            if _runs_once(bodies[condition], bodies[body]):
+                n = 1
             yield from _walk(bodies, body, branches, times * n, trips)
             yield from _walk(bodies, condition, branches, times * (n + 1), trips)
         elif " conditional(" in line:
@@ -90,3 +93,19 @@ def _walk(
             for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
                 if not found:
                     yield from _walk(bodies, called, branches, times, trips)
+
+
+def _runs_once(condition: list[str], body: list[str]) -> bool:
+    """Whether a loop goes on by a flag that its body sets to false."""
+    flag = re.search(r"get-tuple-element\(.*\), index=(\d+)", _root(condition))
+    if not flag or " tuple(" not in _root(body):
+        return False
+    made = {line.split(" = ")[0].strip(): line for line in body if " = " in line}
+    name = re.findall(r"%[\w.\-]+", _root(body).split(" tuple(")[1])[int(flag.group(1))]
+    while copied := re.search(r" copy\((%[\w.\-]+)", made[name]):
+        name = copied.group(1)
+    return "constant(false)" in made[name]
+
+
+def _root(lines: list[str]) -> str:
+    return next(line for line in lines if "ROOT " in line)

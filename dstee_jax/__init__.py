@@ -25,6 +25,7 @@ from dstee_jax.metrics import (
     summary,
 )
 from dstee_jax.rescale import rescale
+from dstee_jax.schedule import mask_steps
 from dstee_jax.selection import drop_and_grow
 from dstee_jax.shardings import blocks_of, state_shardings
 from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
@@ -52,6 +53,7 @@ __all__ = [
     "inclusion",
     "init_masks",
     "kernels",
+    "mask_steps",
     "memory",
     "methods",
     "penalties",

@@ -1,69 +1,79 @@
-"""After the masks are known: what a step emits, and what the inner optimizer keeps.
+"""What a step emits, and what the inner optimizer keeps: of whole leaves, and of packed ones.
 
 Alive is a weight that is active before and after the step. Where it is not, the update is
 -weight, so that the parameter becomes exactly zero, and the moments are their initial values.
 """
 
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from dstee_jax.moments import merge
-from dstee_jax.packed import SparseUpdate, positions, put, take
-from dstee_jax.state import is_dense
-
-
-class Inner(NamedTuple):
-    """The inner optimizer and its state before and after its update."""
-
-    optimizer: optax.GradientTransformation
-    old: Any
-    new: Any
-
-
-def masked(mask: Any, x: jax.Array) -> jax.Array:
-    """Zero where the mask is False; x itself for a dense leaf."""
-    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
+from dstee_jax.packed import add, exact, ranks, reorder, spread, take, take_each, zeros
+from dstee_jax.rule import at_most_once
+from dstee_jax.state import is_dense, masked
+from dstee_jax.step import Changing, Step
 
 
 def whole(
-    old: list[Any],
-    new: list[Any],
-    frozen: Any,
-    updates: list[jax.Array],
-    weights: list[jax.Array],
-    inner: Inner | None,
-    treedef: Any,
-) -> tuple[list[jax.Array], Any]:
-    """The emitted updates of whole leaves, and the inner state.
+    step: Step,
+    outgoing: list[jax.Array],
+    now: Changing,
+    due: Any,
+    as_params: bool,
+    extra: Mapping[str, Any],
+) -> tuple[list[jax.Array], Changing]:
+    """A step of whole leaves: the emitted updates or parameters, and what it changes.
 
     Args:
-      old: the masks before, `MaskedNode` for what is dense.
-      new: the masks after.
-      frozen: whether nothing but the masks may change; False (a Python bool) if never.
-      updates: of the inner optimizer, for each leaf.
-      weights: the parameters.
-      inner: the optimizer, None if there is none.
-      treedef: of the parameters.
+      step: what the call was given.
+      outgoing: the gradients, or the updates that came down the chain.
+      now: before the step.
+      due: whether this is a mask step; False (a Python bool) if it cannot be one.
+      as_params: emit parameters; inactive ones must be zero already.
+      extra: arguments of the inner optimizer.
     """
-    # What has just grown starts at zero, like the rest.
-    alive = [m if is_dense(m) else m & n for m, n in zip(old, new, strict=True)]
-    emitted = [_emit(*row, frozen) for row in zip(alive, updates, weights, strict=True)]
+    rows = zip(step.full, step.masks, strict=True)
+    old = [optax.MaskedNode() if full else mask for full, mask in rows]
+    updates, weights, inner = list(map(masked, old, outgoing)), step.weights, step.sparse.inner
+    old_state = new_state = now.inner_state
+    if inner is not None:
+        trees = step.tree(updates), old_state, step.tree(weights)
+        tree, new_state = inner.update(*trees, **extra)
+        updates = jax.tree.leaves(tree)
+
+    def round_(due: jax.Array, now: Changing) -> Changing:
+        return step.round(due, now, lambda i: step.moved(i, updates[i]))
+
+    alive, frozen = old, False if step.sparse.update_weights else due
+    if due is not False:
+        now = at_most_once(due, round_, now._replace(inner_state=()))
+        pairs = zip(old, now.masks, strict=True)
+        alive = [m if is_dense(m) else m & new for m, new in pairs]
+    emitted = list(map(_emit, alive, updates, weights, [frozen] * len(weights)))
+    if as_params:
+        emitted = list(map(optax.apply_updates, weights, emitted))
     if inner is None:
-        return emitted, ()
-    params = jax.tree.unflatten(treedef, weights)
-    start = jax.tree.unflatten(treedef, map(masked, alive, weights))
-    pick = functools.partial(_moment, alive, frozen)
-    return emitted, merge(inner.new, inner.old, inner.optimizer.init(start), params, pick)
+        return emitted, now._replace(inner_state=())
+
+    def pick(i: int, new: jax.Array, old: jax.Array, initial: jax.Array) -> jax.Array:
+        moment = _freeze(frozen, new, old)
+        return moment if is_dense(alive[i]) else jnp.where(alive[i], moment, initial)
+
+    # What has just grown starts at zero, like the rest.
+    initial = inner.init(step.tree(list(map(masked, alive, weights))))
+    merged = merge(new_state, old_state, initial, step.tree(weights), pick)
+    return emitted, now._replace(inner_state=merged)
 
 
 def _freeze(frozen: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`old` on a mask step; `new` itself, with no select, where there can be none."""
-    return new if frozen is False else jnp.where(frozen, old, new)
+    """`old` on a mask step, else `new`; no select where a Python bool says which."""
+    if isinstance(frozen, bool):
+        return old if frozen else new
+    return jnp.where(frozen, old, new)
 
 
 def _emit(alive: Any, update: jax.Array, weight: jax.Array, frozen: Any) -> jax.Array:
@@ -71,91 +81,96 @@ def _emit(alive: Any, update: jax.Array, weight: jax.Array, frozen: Any) -> jax.
     update = _freeze(frozen, update, jnp.zeros_like(update))
     if is_dense(alive):
         return update
-    exact = jnp.promote_types(update.dtype, weight.dtype)  # a narrower -weight would not cancel
-    return jnp.where(alive, update.astype(exact), -weight.astype(exact))
-
-
-def _moment(
-    alive: list[Any], frozen: Any, i: int, new: jax.Array, old: jax.Array, initial: jax.Array
-) -> jax.Array:
-    """A moment of leaf i: as it was on a mask step, its initial value where not alive."""
-    moment = _freeze(frozen, new, old)
-    return moment if is_dense(alive[i]) else jnp.where(alive[i], moment, initial)
+    update = exact(update, weight)
+    return jnp.where(alive, update, -weight.astype(update.dtype))
 
 
 def packed(
-    old: list[Any],
-    new: list[Any],
-    is_round: Any,
-    frozen: Any,
-    indices: list[Any],
-    updates: list[jax.Array],
-    weights: list[jax.Array],
-    seen: list[jax.Array],
-    inner: Inner,
-    treedef: Any,
-) -> tuple[list[Any], Any, list[Any]]:
-    """The same with packed leaves: updates as `SparseUpdate`, the inner state, the new indices.
-
-    Only a mask step moves anything: moments go with their weights to where the new indices
-    have them, and what has grown starts at the initial value.
+    step: Step,
+    outgoing: list[jax.Array],
+    now: Changing,
+    due: Any,
+    as_params: bool,
+    extra: Mapping[str, Any],
+) -> tuple[list[jax.Array], Changing]:
+    """A step of packed leaves: the emitted updates or parameters, and what it changes.
 
     Args:
-      old, new, frozen, weights, inner, treedef: as for `whole`.
-      is_round: whether this is a mask step; False (a Python bool) if never.
-      indices: of the active weights before, `MaskedNode` for what is dense.
-      updates: of the inner optimizer, packed.
-      seen: the parameters as the inner optimizer sees them, packed.
+      step, outgoing, now, due, as_params, extra: as for `whole`.
     """
-    sparse = [i for i, where in enumerate(indices) if not is_dense(where)]
+    inner, weights = step.sparse.inner, step.weights
+    assert inner is not None
+    grads = step.tree(take_each(outgoing, now.indices))
+    frozen = False if step.sparse.update_weights else due
 
-    def move() -> tuple[list[jax.Array], list[jax.Array], Any]:
-        found = new_indices(new, indices)
-        survives = [take(new[i], indices[i]) for i in sparse]
-        alive = [
-            where if is_dense(where) else take(m, where)
-            for where, m in zip(found, old, strict=True)
-        ]
-        start = [
-            weight if is_dense(where) else masked(a, take(weight, where))
-            for where, a, weight in zip(found, alive, weights, strict=True)
-        ]
+    def inner_step(now: Changing, frozen: Any) -> Changing:
+        at = now.emitted if as_params else weights
+        seen = step.tree(take_each(at, now.indices))
+        tree, state = inner.update(grads, now.inner_state, seen, **extra)
+        updates = [_freeze(frozen, u, jnp.zeros_like(u)) for u in jax.tree.leaves(tree)]
+        emitted = list(map(add if as_params else spread, at, now.indices, updates))
 
-        def carry(i: int, new: jax.Array, old: jax.Array, initial: jax.Array) -> jax.Array:
-            moment = _freeze(frozen, new, old)
-            if is_dense(indices[i]):
-                return moment
-            spread = put(jnp.zeros_like(weights[i], moment.dtype), indices[i], moment)
-            return jnp.where(alive[i], take(spread, found[i]), initial)
+        def pick(i: int, new: jax.Array, old: jax.Array, _: jax.Array) -> jax.Array:
+            return _freeze(frozen, new, old)
 
-        initial = inner.optimizer.init(jax.tree.unflatten(treedef, start))
-        state = merge(inner.new, inner.old, initial, jax.tree.unflatten(treedef, seen), carry)
-        return [found[i] for i in sparse], survives, state
+        if frozen is not False:
+            state = merge(state, now.inner_state, now.inner_state, seen, pick)
+        return now._replace(emitted=emitted, inner_state=state)
 
-    def stay() -> tuple[list[jax.Array], list[jax.Array], Any]:
-        where = [indices[i] for i in sparse]
-        return where, [jnp.ones_like(seen[i], bool) for i in sparse], inner.new
+    def ordinary(now: Changing) -> Changing:
+        return inner_step(now, frozen=False)
 
-    after, survives, state = stay() if is_round is False else lax.cond(is_round, move, stay)
-    emitted: list[Any] = [_freeze(frozen, u, jnp.zeros_like(u)) for u in updates]
-    found = list(indices)
-    for i, where, survived in zip(sparse, after, survives, strict=True):
-        found[i] = where
-        emitted[i] = SparseUpdate(indices[i], _emit(survived, emitted[i], seen[i], False))
-    return emitted, state, found
+    def round_(due: jax.Array, now: Changing) -> Changing:
+        if in_loop:
+            now = inner_step(now, frozen=True)
+
+        def weight(i: int) -> jax.Array:
+            return now.emitted[i] if as_params else step.moved(i, now.emitted[i])
+
+        after = step.round(due, now, weight)
+        emitted = list(now.emitted)
+        for i, x in enumerate(emitted):
+            if not is_dense(now.indices[i]):
+                base = jnp.zeros_like(x) if as_params else -weights[i].astype(x.dtype)
+                emitted[i] = jnp.where(after.masks[i], x, base)
+        return after._replace(emitted=emitted, inner_state=_moved(step, now, after))
+
+    now = now._replace(emitted=weights if as_params else ())
+    # An ordinary step in a loop of its own works in place; a select for mask steps would copy.
+    in_loop = as_params and frozen is not False and _keeps_types(ordinary, now)
+    if in_loop:
+        now = at_most_once(~due, lambda _, now: ordinary(now), now)
+    else:
+        now = inner_step(now, frozen)
+    if due is not False:
+        now = at_most_once(due, round_, now)
+    return now.emitted, now._replace(emitted=())
 
 
-def new_indices(masks: list[Any], indices: list[Any]) -> list[Any]:
-    """Where the active weights of new masks are, for the leaves that have indices."""
-    rows = zip(masks, indices, strict=True)
-    return [
-        where if is_dense(where) else positions(mask, where.shape[-1], where.shape[:-1])
-        for mask, where in rows
-    ]
+def _keeps_types(function: Callable[[Any], Any], carry: Any) -> bool:
+    """Whether a loop can carry this: some optimizers' first step changes a type in their state."""
+    before = [jax.typeof(x).strip_weak_type() for x in jax.tree.leaves(carry)]
+    after = jax.make_jaxpr(function)(carry).out_avals
+    return before == [x.strip_weak_type() for x in after]
 
 
-def dense(update: Any, weight: jax.Array) -> jax.Array:
-    """A `SparseUpdate` as an update of the whole leaf: -weight where it has nothing."""
-    if not isinstance(update, SparseUpdate):
-        return update
-    return put(-weight.astype(update.values.dtype), *update)
+def _moved(step: Step, now: Changing, after: Changing) -> Any:
+    """The inner state of packed leaves after a round.
+
+    Moments go with their weights to where the new indices have them, and what has grown starts
+    at the initial value.
+    """
+    order, stays, start = {}, {}, list(map(jnp.zeros_like, step.weights))
+    for i, where in enumerate(after.indices):
+        if not is_dense(where):
+            order[i], stays[i] = ranks(now.masks[i], where), take(now.masks[i], where)
+            start[i] = zeros(where, step.weights[i].dtype)
+
+    def pick(i: int, moment: jax.Array, _: jax.Array, initial: jax.Array) -> jax.Array:
+        if i not in order:
+            return moment
+        return jnp.where(stays[i], reorder(moment, order[i]), initial)
+
+    params, state = step.tree(start), now.inner_state
+    assert step.sparse.inner is not None
+    return merge(state, state, step.sparse.inner.init(params), params, pick)

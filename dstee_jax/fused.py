@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import jax
 import optax
 
-from dstee_jax.packed import SparseUpdate, put, take
 from dstee_jax.state import PyTree, SparseState
 
 
@@ -14,14 +12,20 @@ def apply(
     grads: PyTree,
     opt_state: PyTree,
     params: PyTree,
+    *,
+    mask_step: bool = True,
     **extra: Any,
 ) -> tuple[PyTree, PyTree]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
 
     With `transform(inner, packed=True)`, as `tx` or the last link of an `optax.chain`, the
     updates of inactive weights are never made: on ordinary steps only the active entries of the
-    parameters are read and written. Donate `params` and `opt_state` to `jit`, in the order in
-    which it returns them, or it copies them. With any other `tx` it does the two calls.
+    parameters are read and written, in place. Donate `params` and `opt_state` to `jit`, in the
+    order in which it returns them, or it copies them. With any other `tx` it does the two calls.
+
+    A training loop that knows which steps are mask steps (`dstee.mask_steps`) can have two
+    programs, that of ordinary steps without a conditional in it: with `mask_step` a static
+    argument of its jitted step.
 
     Inactive parameters must be zero, as `apply_masks` and every step leave them; `tx.update`
     makes them zero whatever they were, `apply` does not look at them.
@@ -31,6 +35,9 @@ def apply(
       grads: gradients, the structure of `params`.
       opt_state: its state.
       params: the parameters.
+      mask_step: False (a Python bool) promises that this is not a mask step; where the promise
+        is broken, the round is left out. True leaves it to the schedule. `tx.update` takes it
+        too.
       **extra: extra arguments of `tx.update`.
 
     Returns:
@@ -47,25 +54,17 @@ def apply(
       >>> int((params["kernel"] != 0).sum()), opt_state.inner_state[0].mu["kernel"].shape
       (20, (1, 20))
     """
-    if not _ends_packed(opt_state):
+    if mask_step is not True:
+        extra["mask_step"] = mask_step
+    if not _ends_sparse(opt_state):
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state
-    # A chain hands extra arguments to each of its links.
-    updates, opt_state = tx.update(grads, opt_state, params, sparse_updates=True, **extra)  # type: ignore[call-arg]
-
-    def one(weight: jax.Array, update: Any) -> jax.Array:
-        if not isinstance(update, SparseUpdate):
-            return optax.apply_updates(weight, update)
-        new = take(weight, update.indices) + update.values
-        return put(weight, update.indices, new.astype(weight.dtype))
-
-    leaves, treedef = jax.tree.flatten(params)
-    flat = jax.tree.leaves(updates, is_leaf=lambda x: isinstance(x, SparseUpdate))
-    return jax.tree.unflatten(treedef, list(map(one, leaves, flat))), opt_state
+    # A chain hands extra arguments to each of its links; what the last one returns, it returns.
+    return tx.update(grads, opt_state, params, as_params=True, **extra)  # type: ignore[call-arg]
 
 
-def _ends_packed(opt_state: PyTree) -> bool:
-    """Whether this is the state of a packed `transform`, or of a chain that ends in one."""
+def _ends_sparse(opt_state: PyTree) -> bool:
+    """Whether this is the state of `transform`, or of a chain that ends in one."""
     while type(opt_state) is tuple and opt_state:
         opt_state = opt_state[-1]
-    return isinstance(opt_state, SparseState) and bool(jax.tree.leaves(opt_state.indices))
+    return isinstance(opt_state, SparseState)

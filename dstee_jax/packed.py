@@ -7,69 +7,69 @@ at the number of axes (weight decay for matrices only) still hold.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dstee_jax.bisection import INDEX
+from dstee_jax import rows
 from dstee_jax.moments import owners
 from dstee_jax.parts import Grid, flatten, is_sharded, sharding_of, unflatten
 from dstee_jax.state import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
-
-
-class SparseUpdate(NamedTuple):
-    """The update of a leaf's active weights; the others are zero and stay so."""
-
-    indices: jax.Array  # uint32, shape (*grid, n)
-    values: jax.Array  # packed
 
 
 def positions(mask: jax.Array, count: int, grid: Grid) -> jax.Array:
     """Where a mask with `count` True in each part is True: uint32, shape (*grid, count)."""
 
     def of_part(row: jax.Array) -> jax.Array:
-        rank = jnp.cumsum(row, dtype=INDEX)
-        place = jnp.where(row, rank - jnp.ones((), INDEX), jnp.array(count, INDEX))
-        where = jnp.arange(row.size, dtype=INDEX)
-        return _set(jnp.zeros(count, INDEX), place, where, lax.GatherScatterMode.FILL_OR_DROP)
+        return rows.positions(row, count)
 
     return _each_part(of_part, flatten(mask, grid)).reshape(*grid, count)
+
+
+def new_indices(masks: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
+    """Where the active weights of new masks are, for the leaves that have indices."""
+    pairs = zip(masks, indices, strict=True)
+    return [
+        where if is_dense(where) else positions(mask, where.shape[-1], where.shape[:-1])
+        for mask, where in pairs
+    ]
+
+
+def ranks(mask: jax.Array, indices: jax.Array) -> jax.Array:
+    """How many True a mask has in the part before each of `indices`: uint32, their shape."""
+    *grid, _ = indices.shape
+    found = _each_part(rows.rank, flatten(mask, tuple(grid)), _parts(indices))
+    return found.reshape(indices.shape)
 
 
 def take(x: jax.Array, indices: jax.Array) -> jax.Array:
     """The entries of a leaf at `indices`, packed."""
     *grid, _ = indices.shape
-
-    def of_part(row: jax.Array, where: jax.Array) -> jax.Array:
-        return lax.gather(
-            row,
-            where[:, None],
-            lax.GatherDimensionNumbers((), collapsed_slice_dims=(0,), start_index_map=(0,)),
-            slice_sizes=(1,),
-            indices_are_sorted=True,
-            unique_indices=True,
-            mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS,
-        )
-
-    found = _each_part(of_part, flatten(x, tuple(grid)), _parts(indices))
+    found = _each_part(rows.take, flatten(x, tuple(grid)), _parts(indices))
     return _merge(found.reshape(indices.shape))
 
 
 def put(base: jax.Array, indices: jax.Array, packed: jax.Array) -> jax.Array:
     """A leaf with the packed values at `indices`, and `base` elsewhere."""
     *grid, _ = indices.shape
-
-    def of_part(row: jax.Array, where: jax.Array, values: jax.Array) -> jax.Array:
-        return _set(row, where, values, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-
     values = _parts(_reshape_like(packed, indices))
-    new = _each_part(of_part, flatten(base, tuple(grid)), _parts(indices), values)
+    new = _each_part(rows.put, flatten(base, tuple(grid)), _parts(indices), values)
     return unflatten(new, base.shape, tuple(grid))
+
+
+def reorder(packed: jax.Array, ranks: jax.Array) -> jax.Array:
+    """In each part, the packed values of those ranks."""
+    values = _parts(_reshape_like(packed, ranks))
+    return _merge(_each_part(rows.take_any, values, _parts(ranks)).reshape(ranks.shape))
+
+
+def zeros(indices: jax.Array, dtype: Any) -> jax.Array:
+    """A packed leaf of zeros."""
+    return jnp.zeros_like(_merge(indices), dtype)
 
 
 def pack(tree: PyTree, indices: PyTree) -> PyTree:
@@ -80,24 +80,29 @@ def pack(tree: PyTree, indices: PyTree) -> PyTree:
 
 def take_each(leaves: Sequence[jax.Array], indices: Sequence[Any]) -> list[jax.Array]:
     """Leaves packed, those without indices (`MaskedNode`) as they are."""
-    rows = zip(leaves, indices, strict=True)
-    return [x if is_dense(where) else take(x, where) for x, where in rows]
+    pairs = zip(leaves, indices, strict=True)
+    return [x if is_dense(where) else take(x, where) for x, where in pairs]
 
 
 def add(weight: jax.Array, indices: Any, update: jax.Array) -> jax.Array:
     """weight + update of a leaf, where the update may be packed."""
     if is_dense(indices):
-        return weight + update.astype(weight.dtype)
-    return put(weight, indices, take(weight, indices) + update.astype(weight.dtype))
+        return optax.apply_updates(weight, update)
+    new = take(weight, indices) + update
+    return put(weight, indices, new.astype(weight.dtype))
 
 
-def _set(row: jax.Array, where: jax.Array, values: jax.Array, mode: Any) -> jax.Array:
-    """row.at[where].set(values); jax.numpy would turn uint32 indices of big rows into int32."""
-    numbers = lax.ScatterDimensionNumbers((), (0,), scatter_dims_to_operand_dims=(0,))
-    known = {"indices_are_sorted": True, "unique_indices": True}
-    if mode is lax.GatherScatterMode.FILL_OR_DROP:  # what is dropped stands between the others
-        known = {}
-    return lax.scatter(row, where[:, None], values, numbers, mode=mode, **known)
+def spread(weight: jax.Array, indices: Any, update: jax.Array) -> jax.Array:
+    """An update of the whole leaf: -weight where a packed one has nothing."""
+    if is_dense(indices):
+        return update
+    update = exact(update, weight)
+    return put(-weight.astype(update.dtype), indices, update)
+
+
+def exact(update: jax.Array, weight: jax.Array) -> jax.Array:
+    """The update in a type in which -weight cancels the weight."""
+    return update.astype(jnp.promote_types(update.dtype, weight.dtype))
 
 
 def packed_shape(indices: jax.Array) -> tuple[int, ...]:
@@ -124,10 +129,10 @@ def _parts(indices: jax.Array) -> jax.Array:
     return indices.reshape(*(parts for parts in grid if parts > 1), n)
 
 
-def _each_part(function: Callable[..., jax.Array], *rows: jax.Array) -> jax.Array:
-    for _ in range(rows[0].ndim - 1):
+def _each_part(function: Callable[..., jax.Array], *parts: jax.Array) -> jax.Array:
+    for _ in range(parts[0].ndim - 1):
         function = jax.vmap(function)
-    return function(*rows)
+    return function(*parts)
 
 
 def check_state(inner: optax.GradientTransformation, params: PyTree, packed: PyTree) -> None:

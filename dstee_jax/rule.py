@@ -1,6 +1,7 @@
-"""One round over all leaves: counts, new masks and counters, behind one `lax.cond`."""
+"""One round over all leaves: counts, new masks and counters."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from dstee_jax.schedule import Rounds
 from dstee_jax.scores import Score
 from dstee_jax.selection import Selection, exchange
 from dstee_jax.stacking import by_layer
-from dstee_jax.state import Leaf, is_dense
+from dstee_jax.state import Leaf, LeafWithoutGrad, is_dense
 from dstee_jax.structures import Structure
 
 # Leaves that are alike share a program from this many on: it compiles once, and copies them.
@@ -91,114 +92,128 @@ class Rule:
         return one(row.mask, row.drop_score, row.grow_score, k)
 
 
+def is_mask_step(
+    rule: Rule, rounds: Rounds, facts: list[Facts | None], masks: list[Any], count: jax.Array
+) -> Any:
+    """Whether step `count` is a mask step: bool, shape (); False itself if no step can be one."""
+    sparse = [i for i, mask in enumerate(masks) if not is_dense(mask)]
+    # Masks of unknown counts are traced ones, which never change.
+    known = [(fact, masks[i].size) for i in sparse if (fact := facts[i]) is not None]
+    movable = len(known) == len(sparse) and any(0 < total(f.target) < size for f, size in known)
+    fixed = rule.plan.exchanges
+    if not movable or not rounds.every or (fixed and rounds.highest <= 0):
+        return False
+    due = rounds.is_round(count)
+    return due & (rounds.k(1, count) > 0) if fixed else due
+
+
 def update_topology(
     rule: Rule,
     rounds: Rounds,
     names: list[str],
-    facts: list[Facts | None],
+    facts: list[Facts],
     leaf: Callable[[int], Leaf],
-    masks: list[Any],
-    counters: list[Any],
     count: jax.Array,
     plan_state: Any,
-) -> tuple[Any, list[Any], list[Any], Any]:
-    """Run a round over all leaves if this step is a mask step.
+    due: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array], Any]:
+    """A round over all sparse leaves.
 
     Args:
       rule: what to do with a leaf.
-      rounds: which steps are mask steps, and how many weights move.
+      rounds: how many weights move.
       names: of each leaf; leaves of equal shape whose names differ in numbers only are exchanged
         by one program.
-      facts: of each leaf, None where dense (or where masks are fixed and unknown).
-      leaf: makes the i-th leaf's view for the scores; called in the mask step's branch only.
-      masks: bool array or `MaskedNode` for each leaf.
-      counters: unsigned array or `MaskedNode` for each leaf.
+      facts: of each leaf.
+      leaf: makes what the scores see of the j-th one.
       count: int32 scalar, the step, from 1.
       plan_state: what the plan keeps.
+      due: whether this is a mask step, which the caller has asked already: what is made within
+        the `lax.cond` of a group of leaves leaves its memory to the next group.
 
     Returns:
-      `(is_round, masks, counters, plan_state)`. `is_round` is False (a Python bool) if no step
-      of the run can be a mask step. A leaf without free places keeps its mask and still counts
-      the round.
+      `(masks, counters, plan_state)`. A leaf without free places keeps its mask and still
+      counts the round.
     """
-    sparse = [i for i, mask in enumerate(masks) if not is_dense(mask)]
-    known = [fact for fact in (facts[i] for i in sparse) if fact is not None]
-    sizes = [masks[i].size for i in sparse]
     fixed = rule.plan.exchanges
-    goals = [total(fact.target) for fact in known]
-    # Masks of unknown counts are traced ones, which never change.
-    movable = len(known) == len(sparse) and any(
-        0 < n < size for n, size in zip(goals, sizes, strict=True)
+    leaves = [leaf(j) for j in range(len(names))]
+    drop_scores = list(map(functools.partial(rule.score, 0), leaves, facts))
+    drops, grows, plan_state = rule.plan.amounts(
+        Round(
+            leaves=leaves,
+            drop_scores=drop_scores,
+            targets=[fact.target for fact in facts],
+            starts=[fact.start for fact in facts],
+            fraction=jnp.asarray(rounds.fraction(count), jnp.float32),
+            number=rounds.number(count),
+            time=count.astype(jnp.float32) / rounds.total_steps,
+            is_last=rounds.is_last(count),
+            regrow=rule.regrow,
+            state=plan_state,
+        )
     )
-    if not movable or not rounds.every or (fixed and rounds.highest <= 0):
-        return False, masks, counters, plan_state
 
     def k_max(fact: Facts, size: int) -> int:
         if not fixed:
             return size
         return rounds.k_max(int(np.max(fact.target))) if 0 < total(fact.target) < size else 0
 
-    def round_() -> tuple[list[tuple[jax.Array, jax.Array]], Any]:
-        leaves = [leaf(i) for i in sparse]
-        drop_scores = [rule.score(0, *pair) for pair in zip(leaves, known, strict=True)]
-        drops, grows, state = rule.plan.amounts(
-            Round(
-                leaves=leaves,
-                drop_scores=drop_scores,
-                targets=[fact.target for fact in known],
-                starts=[fact.start for fact in known],
-                fraction=jnp.asarray(rounds.fraction(count), jnp.float32),
-                number=rounds.number(count),
-                time=count.astype(jnp.float32) / rounds.total_steps,
-                is_last=rounds.is_last(count),
-                regrow=rule.regrow,
-                state=plan_state,
-            )
+    def row(j: int) -> Row:
+        view, fact = leaf(j), facts[j]  # made again: within the cond
+        return Row(
+            view.mask,
+            rule.score(0, view, fact) if fixed else drop_scores[j],
+            rule.score(1, view, fact),
+            drops[j],
+            None if fixed else grows[j],
+            k_max(fact, view.mask.size),
+            fact,
         )
-        rows = [
-            Row(
-                view.mask,
-                score,
-                rule.score(1, view, fact),
-                k,
-                None if fixed else k_grow,
-                k_max(fact, size),
-                fact,
-            )
-            for view, score, fact, size, k, k_grow in zip(
-                leaves, drop_scores, known, sizes, drops, grows, strict=True
-            )
-        ]
-        new: list[Any] = [None] * len(rows)
-        for group in _alike([names[i] for i in sparse], rows, rule):
-            for j, mask in zip(group, rule.exchange_alike([rows[j] for j in group]), strict=True):
-                new[j] = mask
-        return [(m, _add(rule, view, m)) for m, view in zip(new, leaves, strict=True)], state
 
-    def keep() -> tuple[list[tuple[jax.Array, jax.Array]], Any]:
-        return [(masks[i], counters[i]) for i in sparse], plan_state
+    masks, counters = [view.mask for view in leaves], [view.counter for view in leaves]
+    for group in _alike(names, leaves, facts, rule):
 
-    is_round = rounds.is_round(count)
-    if fixed:
-        is_round &= rounds.k(1, count) > 0
-    changed, plan_state = lax.cond(is_round, round_, keep)
-    new_masks, new_counters = list(masks), list(counters)
-    for i, (mask, counter) in zip(sparse, changed, strict=True):
-        new_masks[i], new_counters[i] = mask, counter
-    return is_round, new_masks, new_counters, plan_state
+        def round_(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
+            new = rule.exchange_alike([row(j) for j in group])
+            return [(mask, _add(rule, leaves[j], mask)) for j, mask in zip(group, new, strict=True)]
+
+        def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
+            return [(masks[j], counters[j]) for j in group]
+
+        for j, changed in zip(group, lax.cond(due, round_, keep), strict=True):
+            masks[j], counters[j] = changed
+    return masks, counters, plan_state
 
 
-def _alike(names: list[str], rows: list[Row], rule: Rule) -> list[list[int]]:
-    """Indices of the rows in groups that can be stacked: of one shape and, by name, one role.
+def at_most_once(due: jax.Array, function: Callable[..., Any], carry: Any) -> Any:
+    """`function(due, carry)` if `due`, else `carry`.
+
+    A loop of no or one round: XLA updates in place what a loop carries, if `function` reads it
+    from its argument; what the branches of a `lax.cond` pass through it copies (on CPU, on every
+    step). The cond in the loop keeps XLA from moving work that is the same in all rounds out.
+    """
+
+    def once(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        due, carry = loop
+        return due & False, lax.cond(due, lambda x: function(due, x), lambda x: x, carry)
+
+    return lax.while_loop(lambda loop: loop[0], once, (due, carry))[1]
+
+
+def _alike(names: list[str], leaves: list[Leaf], facts: list[Facts], rule: Rule) -> list[list[int]]:
+    """Indices of the leaves in groups that can be stacked: of one shape and, by name, one role.
 
     Numbers in a name do not count: 'layers/3/query' and 'layers/4/query' lie on devices in the
     same way; 'layers/3/out' may have their shape and lie in another, which would be gathered.
     """
     groups: dict[Hashable, list[int]] = {}
-    for j, (name, row) in enumerate(zip(names, rows, strict=True)):
-        alone = not rule.plan.exchanges or rule.structure is not None or row.k_max == 0
-        arrays = [(x.shape, x.dtype, sharding_of(x)) for x in row[:3]]
-        kind = (re.sub(r"\d+", "", name), *arrays, row.facts.grid)
+    for j, (name, leaf, fact) in enumerate(zip(names, leaves, facts, strict=True)):
+        whole = total(fact.target) in (0, leaf.mask.size)
+        alone = not rule.plan.exchanges or rule.structure is not None or whole
+        seen = [leaf.mask, leaf.param]
+        seen += [] if isinstance(leaf, LeafWithoutGrad) else [leaf.grad]
+        arrays = [(x.shape, x.dtype, sharding_of(x)) for x in seen]
+        kind = (re.sub(r"\d+", "", name), *arrays, fact.grid)
         groups.setdefault(j if alone else kind, []).append(j)
     few = [group for group in groups.values() if len(group) < STACK_FROM]
     return [g for g in groups.values() if len(g) >= STACK_FROM] + [[j] for g in few for j in g]

@@ -56,6 +56,13 @@ class Rounds:
         return jnp.where(following <= self.last, following - count, never)
 
     @property
+    def all_steps(self) -> Sequence[int]:
+        """All mask steps, in order."""
+        return (
+            _steps_between(self.every, self.first, self.last) if self.steps is None else self.steps
+        )
+
+    @property
     def shortest(self) -> int:
         """Fewest steps from one round to the next, or to the first."""
         if self.steps is None:
@@ -90,7 +97,31 @@ def portion(fraction: jax.Array, active: jax.Array | int) -> jax.Array:
     return jnp.where(fraction > 0, jnp.maximum(k, 1), 0)
 
 
-def _mask_steps(every: Every, first: int, last: int) -> Sequence[int]:
+def mask_steps(
+    total_steps: int, every: Every | None = 100, start: float = 0.0, stop: float = 0.75
+) -> Sequence[int]:
+    """The mask steps of `transform` with these arguments: calls of `update`, from 1, in order.
+
+    On the last of them a cosine may have reached zero; then it is an ordinary step. For a
+    training loop that has a program without mask steps: `dstee.apply(..., mask_step=step in
+    mask_steps)`.
+
+    Args:
+      total_steps, every, start, stop: as for `transform`.
+
+    Raises:
+      ValueError: one of them is out of range, or there is no mask step.
+
+    Example:
+      >>> list(mask_steps(1000, every=200))
+      [200, 400, 600]
+    """
+    if every is None:
+        return ()
+    return make_rounds(total_steps, optax.constant_schedule(1.0), every, start, stop).all_steps
+
+
+def _steps_between(every: Every, first: int, last: int) -> Sequence[int]:
     """All mask steps in [first, last], in order."""
     if not callable(every):
         return range(max(every, math.ceil(first / every) * every), last + 1, every)
@@ -132,7 +163,7 @@ def make_rounds(
         math.ceil(round(start * total_steps, 6)),
         math.floor(round(stop * total_steps, 6)),
     )
-    steps = _mask_steps(every, first, last)
+    steps = _steps_between(every, first, last)
     if not steps:
         raise ValueError(
             f"no mask step: no {'step' if callable(every) else 'multiple'} of every={every} lies "

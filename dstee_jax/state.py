@@ -67,6 +67,11 @@ def is_dense(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def masked(mask: Any, x: jax.Array) -> jax.Array:
+    """Zero where the mask is False; x itself for a dense leaf."""
+    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
+
+
 def at_least_float32(dtype: Any) -> Any:
     """A float dtype, float32 instead of narrower ones; also under strict dtype promotion."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
@@ -188,8 +193,8 @@ def get_state(opt_state: PyTree) -> SparseState:
 def seed_axes(opt_state: PyTree) -> PyTree:
     """`in_axes`/`out_axes` for `jax.vmap` over seeds: all batched but the step counters.
 
-    A batched step counter would turn the `lax.cond` around the mask update into a select, and
-    every step would pay for a mask update.
+    With a batched step counter, what mask steps alone do would be done on every one of them for
+    all seeds, and selected.
 
     Args:
       opt_state: an optax state (or its `jax.eval_shape`) with `SparseState`s in it.

@@ -1,5 +1,6 @@
 """`transform`: drop-and-grow as an optax transformation that keeps parameters sparse itself."""
 
+import functools
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from dstee_jax.rule import Rule
 from dstee_jax.schedule import DropFraction, Every, make_rounds
 from dstee_jax.scores import Score
 from dstee_jax.selection import Selection, check_selection
+from dstee_jax.sparse import Sparse
 from dstee_jax.state import PyTree, check_key
-from dstee_jax.step import Sparse
 from dstee_jax.structures import Structure
+from dstee_jax.update import update
 
 
 def transform(
@@ -119,7 +121,8 @@ def transform(
         must be scalars or have one value for each weight. Mask steps carry the moments of
         surviving weights over. Same masks and parameters, if `inner` treats weights one by one
         or by norms of a whole leaf or tree; not if it takes means over a leaf or an axis, or
-        draws noise (`optax.centralize`, `adaptive_grad_clip`, `clip_by_block_rms`).
+        draws noise (`optax.centralize`, `adaptive_grad_clip`, `clip_by_block_rms`). Differentiating
+        through `update` in reverse needs `mask_step=False`.
       indices: keep the positions of the active weights in the state, 4 bytes each, for
         `dstee.pmean`; `packed` has them anyway.
       grow_batches: rounds see the mean gradient of the last n steps, the mask step's among
@@ -127,7 +130,8 @@ def transform(
 
     Returns:
       An `optax.GradientTransformationExtraArgs` with a `SparseState`. Its `update` needs
-      `params`; extra arguments go on to `inner`.
+      `params`, and takes `mask_step` (`dstee.apply` explains it); other extra arguments go on to
+      `inner`.
 
     Raises:
       ValueError: an argument is out of range (here), or params, gradients and masks do not fit
@@ -226,7 +230,7 @@ def transform(
         counter_init=counter_init,
         counter_dtype=counter_dtype,
     )
-    return optax.GradientTransformationExtraArgs(sparse.init, sparse.update)
+    return optax.GradientTransformationExtraArgs(sparse.init, functools.partial(update, sparse))
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

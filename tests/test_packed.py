@@ -1,6 +1,7 @@
 """Packed state, the fused step, parts, big and many leaves."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import dstee_jax as dstee
-from dstee_jax import bisection, packed, rule, scores
+from dstee_jax import bisection, packed, rows, rule, scores
 from dstee_jax.masks import random_mask
 from tests import oracle
 
@@ -103,6 +104,90 @@ def test_bit_for_bit(inner):
     plain, _ = train(make(inner), tree(0))
     for how in (by_update, dstee.apply):
         equal(train(make(inner, packed=True), tree(0), how=how)[0], plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"packed": True, "grow_batches": 2}])
+def test_two_programs(options):
+    """One of them without mask steps, by a static argument: bit for bit the same as one."""
+    rounds = dstee.mask_steps(20, every=3)
+    assert list(rounds) == [3, 6, 9, 12, 15]
+    expected, expected_state = train(make(**options), tree(0), steps=16, how=dstee.apply)
+    tx = make(**options)
+    params, state = tree(0), tx.init(tree(0))
+    params = dstee.apply_masks(params, state)
+
+    @functools.partial(jax.jit, static_argnames="mask_step")
+    def step(params, state, noise, mask_step):
+        grads = jax.tree.map(lambda g, p: g + 0.1 * p, noise, params)
+        return dstee.apply(tx, grads, state, params, mask_step=mask_step)
+
+    for i in range(16):
+        params, state = step(params, state, tree(100 + i), mask_step=i + 1 in rounds)
+    equal((params, state.masks, state.counters), (expected, *expected_state[2:4]))
+    programs = [
+        step.lower(params, state, tree(0), mask_step=due).as_text() for due in (False, True)
+    ]
+    assert ["while" in program for program in programs] == [False, True]
+
+
+@pytest.mark.parametrize(("donated", "copies"), [((0, 1), False), ((), True)])
+def test_an_ordinary_step_copies_nothing(donated, copies):
+    """By the compiled program, outside its loops: arrays of more than one entry; if donated."""
+    tx, params = make(optax.adamw(1e-2), packed=True), {"kernel": tree(0)["a"]["kernel"]}
+    args = params, tx.init(params), params
+    step = jax.jit(lambda p, s, g: dstee.apply(tx, g, s, p), donate_argnums=donated)
+    entry = step.lower(*args).compile().as_text().split("ENTRY")[1]
+    sizes = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)
+    assert any(re.search(r"[2-9]|\d\d", size) for size in sizes) == copies
+
+
+def test_a_promise_that_there_is_no_mask_step():
+    """mask_step=False reaches transform through a chain; a mask step is left out."""
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0), make(packed=True, every=1, update_weights=True)
+    )
+    params, state = tree(0), tx.init(tree(0))
+    params = dstee.apply_masks(params, state)
+    moved, still = (
+        dstee.get_state(dstee.apply(tx, tree(1), state, params, mask_step=due)[1])
+        for due in (True, False)
+    )
+    assert (moved.masks["a"]["kernel"] != still.masks["a"]["kernel"]).any()
+    equal(still.masks, dstee.get_state(state).masks)
+    for wrong in (1, "yes"):
+        with pytest.raises(ValueError, match=f"mask_step={wrong} must be True or False"):
+            dstee.apply(tx, tree(1), state, params, mask_step=wrong)
+    with pytest.raises(ValueError, match="a static argument of jit"):
+        jax.jit(lambda due: tx.update(tree(1), state, params, mask_step=due))(True)
+
+
+@pytest.mark.parametrize("options", [{}, {"indices": True}, {"packed": True}])
+@pytest.mark.parametrize("chained", [False, True])
+def test_apply_is_the_two_calls(options, chained):
+    """Also with an optimizer whose first step makes the moments of bfloat16 weights float32."""
+    tx = make(optax.adamw(1e-2), **options)
+    tx = optax.chain(optax.scale(2.0), tx) if chained else tx
+
+    def with_float32(how, tx, grads, *rest):
+        return how(tx, jax.tree.map(jnp.float32, grads), *rest)
+
+    (two, two_state), (one, state) = (
+        train(tx, tree(0, dtype=jnp.bfloat16), how=functools.partial(with_float32, how))
+        for how in (by_update, dstee.apply)
+    )
+    close(one, two, rtol=0.02)
+    equal(*(dstee.get_state(s).masks["a"]["kernel"] for s in (state, two_state)))
+    assert one["a"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 700])
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.5, 1.0])
+def test_positions_and_ranks_against_numpy(size, density):
+    mask = np.random.default_rng(size).random(size) < density
+    mask[size // 2 : size // 2 + 64] &= density == 1  # words without a one
+    where = np.flatnonzero(mask)
+    equal(rows.positions(jnp.array(mask), len(where)), where)
+    equal(rows.rank(jnp.array(mask), jnp.arange(size, dtype=jnp.uint32)), np.cumsum(mask) - mask)
 
 
 def test_moments_follow_their_weights():
@@ -379,7 +464,7 @@ def test_index_arithmetic_with_a_narrow_type(size, monkeypatch):
         mask = rng.random(shape) < 0.5
         score = rng.integers(0, 3, shape).astype(np.float32)  # ties everywhere
         expected = oracle.drop_and_grow(mask, score, score, 9, False)
-        for module in (bisection, packed):
+        for module in (bisection, rows):
             monkeypatch.setattr(module, "INDEX", jnp.uint8)
         monkeypatch.setattr("dstee_jax.selection.INDEX", jnp.uint8)
         monkeypatch.setattr("dstee_jax.masks.INDEX", jnp.uint8)
