@@ -21,6 +21,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def release_programs():
+    """Each compiled program takes memory maps, of which Linux gives a process 65,530."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def quick_compilation():
     """Programs compiled without LLVM's optimisations: for tests that compile more than they run.
