@@ -208,14 +208,13 @@ def check_close(got, expected):
             np.testing.assert_allclose(got[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_two_processes_agree_with_one(data_dir, whole, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--shard_params"]], ids=["replicas", "sharded"])
+def test_two_processes_agree_with_one(data_dir, whole, tmp_path, options):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"--coordinator=localhost:{probe.getsockname()[1]}"
-    pair = [
-        start(data_dir, tmp_path, address, "--num_processes=2", f"--process_id={i}", devices=4)
-        for i in (0, 1)
-    ]
+    options = [*options, address, "--num_processes=2"]
+    pair = [start(data_dir, tmp_path, *options, f"--process_id={i}", devices=4) for i in (0, 1)]
     finish(*pair)
     check_close(plain(tmp_path), plain(whole))
     a, b = (records.read(d / "metrics.jsonl")[-1] for d in (whole, tmp_path))
