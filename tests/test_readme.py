@@ -24,11 +24,15 @@ def test_python_blocks_run(capsys):
     assert int(state.count) == 1
 
 
-def test_the_block_of_the_scaling_page_runs():
+def test_blocks_of_the_scaling_page_run():
     page = README.parent / "docs" / "scaling.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    sharded, two_programs = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     namespace = {}
-    exec(compile(block, str(page), "exec"), namespace)
+    exec(compile(two_programs, str(page), "exec"), namespace)
+    assert int(namespace["opt_state"].count) == 300
+    assert int(namespace["opt_state"].counters["kernel"].max()) == 3  # the first mask, two rounds
+    namespace = {}
+    exec(compile(sharded, str(page), "exec"), namespace)
     params, state = namespace["params"], namespace["opt_state"]
     for x in (params["kernel"], state.masks["kernel"], state.inner_state[0].mu["kernel"]):
         assert len(x.sharding.device_set) == 8
