@@ -71,7 +71,9 @@ def update(
     if sparse.indices:
         indices = mask_leaves(state.indices, params)
     now = Changing(step.masks, step.counters, plan_state, indices, state.inner_state)
-    due = mask_step and is_mask_step(sparse.rule, sparse.rounds, facts, step.masks, step.count)
+    due: Any = False
+    if mask_step:
+        due = is_mask_step(sparse.rule, sparse.rounds, facts, step.masks, step.count)
     how = emit.packed if sparse.packed else emit.whole
     emitted, now = how(step, outgoing, now, due, as_params, extra)
     return jax.tree.unflatten(step.treedef, emitted), SparseState(

@@ -241,6 +241,23 @@ def test_pmean_of_bfloat16_on_the_wire():
     close(run(tx, step)[0], run(tx, parallel(tx))[0], rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize(("once", "trips"), [(True, 1), (False, 15)])
+def test_collectives_in_a_loop(once, trips):
+    """A loop whose body ends it runs once; of another without a known count, as often as said."""
+
+    def total(x, go):
+        def body(carry):
+            go, x = carry
+            x = jax.lax.psum(x, "data")
+            return go & False if once else x.sum() < 1e9, x
+
+        return jax.lax.while_loop(lambda carry: carry[0], body, (go, x))[1]
+
+    program = jax.shard_map(total, mesh=MESH, in_specs=P(), out_specs=P(), check_vma=False)
+    (sent,) = collectives(jax.jit(program).lower(jnp.ones(4), True).compile().as_text())
+    assert (sent.trips, sent.bytes) == (trips, 16 * trips)
+
+
 def test_pmean_sends_the_active_entries():
     tx = make(optax.sgd(0.1), sparsity=0.95, indices=True, every=100, total_steps=10_000)
     params = {"kernel": jnp.zeros((256, 512)), "bias": jnp.zeros(512)}
