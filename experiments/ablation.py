@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import track
 
 from experiments import quickstart, records
-from experiments.arguments import Parser
+from experiments.arguments import Parser, at_least_one
 
 BASE: dict[str, Any] = {
     "c": 1e-3,
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--sparsity", type=float, default=0.98)
-    add("--seeds", type=int, default=10)
+    add("--seeds", type=at_least_one, default=10)
     add("--options", nargs="+", choices=[*CHANGES], default=[*CHANGES])
     add("--split", choices=["validation", "test"], default="test")
     add("--results", type=Path, default=records.RESULTS / "ablation.jsonl")

@@ -1,4 +1,4 @@
-"""Command lines: files of arguments, and names that are nearly right."""
+"""Command lines: files of arguments, names that are nearly right, counts."""
 
 import argparse
 import difflib
@@ -35,3 +35,10 @@ def choice(valid: Sequence[str]) -> Callable[[str], str]:
         raise argparse.ArgumentTypeError(f"{text!r} is unknown; nearest: {', '.join(near)}")
 
     return parse
+
+
+def at_least_one(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more, as 5")
+    return int(text)

@@ -27,7 +27,7 @@ import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
 from experiments import records, sis
-from experiments.arguments import Parser, choice
+from experiments.arguments import Parser, at_least_one, choice
 from experiments.methods import METHODS, first_masks, measures, model_params, optimizer
 
 WIDTHS = (64, 256, 128, 10)
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     valid = [*METHODS, "all"]
     parser.add_argument("--methods", nargs="+", type=choice(valid), default=quick)
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.95, 0.98])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=at_least_one, default=5)
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--picture", type=Path, default=Path("runs/quickstart.png"))
     parser.add_argument("--rescale", action="store_true", help="sparse-aware initial scale")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments import cifar, data, quickstart, records
-from experiments.arguments import Parser
+from experiments.arguments import Parser, at_least_one
 
 SHARED = {
     "every": [25, 50, 100, 200],
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--sparsity", nargs="+", type=float)
     parser.add_argument("--settings", type=int, help="draws for each method")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=at_least_one)
     parser.add_argument("--report", action="store_true", help="print the report alone")
     args = parser.parse_args(argv)
     digits = args.data == "digits"

@@ -27,7 +27,7 @@ import optax
 
 import dstee_jax as dstee
 from experiments import records
-from experiments.arguments import Parser
+from experiments.arguments import Parser, at_least_one
 
 SHAPE = (8, 16)
 DELTA_T = 4
@@ -178,7 +178,7 @@ def decrease(problem: Problem, rounds: int, seeds: int = SEEDS) -> dict[str, Any
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=at_least_one, default=SEEDS)
     parser.add_argument("--results", type=Path, default=records.RESULTS / "theory.jsonl")
     args = parser.parse_args(argv)
     problem = make_problem()

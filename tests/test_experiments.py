@@ -235,6 +235,13 @@ def test_table_1_marks_the_best_and_what_came_out():
     ]
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_quickstart_needs_a_seed(value, capsys):
+    with pytest.raises(SystemExit):
+        quickstart.main([f"--seeds={value}"])
+    assert f"'{value}' must be a whole number of 1 or more" in capsys.readouterr().err
+
+
 def test_quickstart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "STEPS", 200)
     path = tmp_path / "picture.png"
