@@ -46,7 +46,7 @@ def whole(
         updates = jax.tree.leaves(tree)
 
     def round_(due: jax.Array, now: Changing) -> Changing:
-        return step.round(due, now, lambda i: step.moved(i, updates[i]))
+        return step.round(due, now, lambda i: step.weight_seen(i, updates[i]))
 
     alive, frozen = old, False if step.sparse.update_weights else due
     if due is not False:
@@ -125,7 +125,7 @@ def packed(
             now = inner_step(now, frozen=True)
 
         def weight(i: int) -> jax.Array:
-            return now.emitted[i] if as_params else step.moved(i, now.emitted[i])
+            return now.emitted[i] if as_params else step.weight_seen(i, now.emitted[i])
 
         after = step.round(due, now, weight)
         emitted = list(now.emitted)
@@ -133,7 +133,7 @@ def packed(
             if not is_dense(now.indices[i]):
                 base = jnp.zeros_like(x) if as_params else -weights[i].astype(x.dtype)
                 emitted[i] = jnp.where(after.masks[i], x, base)
-        return after._replace(emitted=emitted, inner_state=_moved(step, now, after))
+        return after._replace(emitted=emitted, inner_state=_moved_moments(step, now, after))
 
     now = now._replace(emitted=weights if as_params else ())
     # An ordinary step in a loop of its own works in place; a select for mask steps would copy.
@@ -154,7 +154,7 @@ def _keeps_types(function: Callable[[Any], Any], carry: Any) -> bool:
     return before == [x.strip_weak_type() for x in after]
 
 
-def _moved(step: Step, now: Changing, after: Changing) -> Any:
+def _moved_moments(step: Step, now: Changing, after: Changing) -> Any:
     """The inner state of packed leaves after a round.
 
     Moments go with their weights to where the new indices have them, and what has grown starts

@@ -91,8 +91,8 @@ class Step:
             target=None if facts is None else facts.of_layer(weight.shape),
         )
 
-    def moved(self, i: int, update: jax.Array) -> jax.Array:
-        """The i-th leaf's weights as a round sees them, before the update or after it."""
+    def weight_seen(self, i: int, update: jax.Array) -> jax.Array:
+        """What a round sees of the i-th leaf: its weights before the update, or after it."""
         weight = self.weights[i]
         return optax.apply_updates(weight, update) if self.sparse.update_weights else weight
 
