@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from experiments import imagenet_input as images
+from experiments.data import imagenet as images
 
 
 def per_second(work: Callable[[Any], Any], examples: list[Any], passes: int = 5) -> float:

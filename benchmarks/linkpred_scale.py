@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import graphs, linkpred, walks
+from experiments import linkpred
+from experiments.data import graphs, walks
 
 NODES, EDGES = 1_140_149, 7_833_140
 

@@ -14,8 +14,8 @@ import optax
 
 import dstee_jax as dstee
 from benchmarks.timing import medians, random_tree, resnet50_shapes, vgg19_shapes
-from dstee_jax import rule
-from dstee_jax.masks import random_mask
+from dstee_jax.engine import round as rule
+from dstee_jax.masks.random import random_mask
 
 DROP_FRACTION = 0.3
 

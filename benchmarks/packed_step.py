@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from benchmarks.timing import medians, random_tree, vgg19_shapes
-from dstee_jax import allreduce
+from dstee_jax.devices import allreduce
 
 EVERY = 100
 OPTIONS = {"sparsity": 0.95, "total_steps": 10_000, "every": EVERY}

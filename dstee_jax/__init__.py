@@ -12,22 +12,24 @@ from dstee_jax import (
     soft_threshold,
     structures,
 )
-from dstee_jax.allreduce import pmean, replicas_agree
+from dstee_jax.devices.allreduce import pmean, replicas_agree
+from dstee_jax.devices.shardings import blocks_of, state_shardings
 from dstee_jax.distributions import erk, uniform
-from dstee_jax.flops import Flops, flops, training_flops
-from dstee_jax.fused import apply
-from dstee_jax.masks import apply_masks, init_masks, kernels
-from dstee_jax.metrics import (
+from dstee_jax.engine.apply import apply
+from dstee_jax.masks.given import apply_masks
+from dstee_jax.masks.random import init_masks
+from dstee_jax.masks.rescale import rescale
+from dstee_jax.masks.where import kernels
+from dstee_jax.measure.flops import Flops, flops, training_flops
+from dstee_jax.measure.metrics import (
     density,
     empty_units,
     exploitation_degree,
     exploration_degree,
     summary,
 )
-from dstee_jax.rescale import rescale
-from dstee_jax.schedule import mask_steps
-from dstee_jax.selection import drop_and_grow
-from dstee_jax.shardings import blocks_of, state_shardings
+from dstee_jax.rules.schedule import mask_steps
+from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
 from dstee_jax.transform import transform
 

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.masks import Where, kernels
-from dstee_jax.state import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.masks.counts import Where
+from dstee_jax.masks.where import kernels
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
 
 class Thresholded(NamedTuple):

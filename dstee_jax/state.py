@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
+from dstee_jax.trees import PyTree, unwrap
 
 
 class SparseState(NamedTuple):
@@ -62,95 +62,9 @@ NO_GRAD = (
 )
 
 
-def is_dense(node: Any) -> bool:
-    """Whether a node of `masks` stands for a leaf that stays dense."""
-    return isinstance(node, optax.MaskedNode)
-
-
-def masked(mask: Any, x: jax.Array) -> jax.Array:
-    """Zero where the mask is False; x itself for a dense leaf."""
-    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
-
-
 def at_least_float32(dtype: Any) -> Any:
     """A float dtype, float32 instead of narrower ones; also under strict dtype promotion."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
-
-
-def path_name(path: Any) -> str:
-    """The name of a leaf: its path with slashes, as 'Dense_0/kernel'."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leaves_with_path(tree: PyTree) -> list[tuple[Any, Any]]:
-    """Paths and leaves, as JAX gives them, without the '/value' of Flax NNX's Variables.
-
-    NNX wraps the same leaf in a Param, an OptVariable or not at all.
-    """
-
-    def is_leaf(node: Any) -> bool:
-        return _is_variable(node) or is_dense(node)
-
-    pairs = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    return [(path, x.get_value() if _is_variable(x) else x) for path, x in pairs]
-
-
-def path_parts(path: Any) -> tuple[str, ...]:
-    """A key path as strings, for comparing paths through trees of different types."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def mask_leaves(masks: PyTree, params: PyTree) -> list[Any]:
-    """Flatten `masks` in the order of the leaves of `params` (`MaskedNode` where dense).
-
-    Compares paths, not tree types. A MaskedNode in `params` is what `optax.masked` leaves there:
-    not a leaf. One in `masks` stands for all that `params` has below it.
-    """
-    given = {path_parts(path): mask for path, mask in leaves_with_path(masks)}
-    flat, unused = [], {path for path, mask in given.items() if not is_dense(mask)}
-    for path, node in leaves_with_path(params):
-        if is_dense(node):
-            continue
-        full = path_parts(path)
-        above = [full[:n] for n in range(len(full), -1, -1)]
-        found = next((p for p in above if p in given and (p == full or is_dense(given[p]))), None)
-        if found is None:
-            raise ValueError(f"masks have nothing for {path_name(path)} of params. {_HOW}")
-        flat.append(given[found])
-        unused.discard(found)
-    if unused:
-        names = sorted("/".join(path) for path in unused)
-        raise ValueError(f"masks have {names}, which params do not have. {_HOW}")
-    return flat
-
-
-_HOW = (
-    "Masks and params must have the same structure, with a bool array for each sparse leaf and "
-    "optax.MaskedNode() for each dense one."
-)
-
-
-def replace_leaves(masks: PyTree, params: PyTree, new: list[Any]) -> PyTree:
-    """Put `new`, in the order of the leaves of `params`, into the structure of `masks`."""
-    flat, treedef = jax.tree.flatten(masks, is_leaf=is_dense)
-    nodes = jax.tree.leaves(params, is_leaf=is_dense)
-    values = iter(new)
-    pairs = zip(flat, nodes, strict=True)
-    return jax.tree.unflatten(treedef, [m if is_dense(n) else next(values) for m, n in pairs])
-
-
-def _is_variable(node: Any) -> bool:
-    """Whether node is a Flax NNX Variable (told by its interface: Flax is not imported)."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")
-
-
-def _unwrap(tree: PyTree) -> PyTree:
-    """Replace the Variables in which `nnx.Optimizer` keeps state by their values."""
-
-    def value(node: Any) -> Any:
-        return _unwrap(node.get_value()) if _is_variable(node) else node
-
-    return jax.tree.map(value, tree, is_leaf=_is_variable)
 
 
 def find_states(opt_state: PyTree) -> list[SparseState]:
@@ -187,7 +101,7 @@ def get_state(opt_state: PyTree) -> SparseState:
             f"opt_state holds {len(states)} SparseStates, expected exactly 1: pass the state "
             "that the init of an optimizer with one dstee.transform() in it returned."
         )
-    return _unwrap(states[0])
+    return unwrap(states[0])
 
 
 def seed_axes(opt_state: PyTree) -> PyTree:

@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax import distributions, plans, scores
-from dstee_jax import masks as masks_lib
-from dstee_jax.counts import Blocks, Sparsity, StackAxes, Where
-from dstee_jax.distributions import Distribution
-from dstee_jax.masks import kernels
-from dstee_jax.memory import Memory
-from dstee_jax.plans import Plan
-from dstee_jax.rule import Rule
-from dstee_jax.schedule import DropFraction, Every, make_rounds
-from dstee_jax.scores import Score
-from dstee_jax.selection import Selection, check_selection
-from dstee_jax.sparse import Sparse
-from dstee_jax.state import PyTree, check_key
-from dstee_jax.structures import Structure
-from dstee_jax.update import update
+from dstee_jax.engine.config import Sparse
+from dstee_jax.engine.round import Rule
+from dstee_jax.engine.update import update
+from dstee_jax.masks import distributions, given
+from dstee_jax.masks.counts import Blocks, Sparsity, StackAxes, Where
+from dstee_jax.masks.distributions import Distribution
+from dstee_jax.masks.where import kernels
+from dstee_jax.rules import plans, scores
+from dstee_jax.rules.memory import Memory
+from dstee_jax.rules.plans import Plan
+from dstee_jax.rules.schedule import DropFraction, Every, make_rounds
+from dstee_jax.rules.scores import Score
+from dstee_jax.rules.structures import Structure
+from dstee_jax.selection.drop_and_grow import Selection, check_selection
+from dstee_jax.state import check_key
+from dstee_jax.trees import PyTree
 
 
 def transform(
@@ -178,7 +179,7 @@ def transform(
     if structure is not None and plan is not None and not plan.exchanges:
         raise ValueError("structure= keeps the count of every leaf: leave plan= out.")
     if masks is not None:
-        masks = masks_lib.given_masks(masks, fixed=every is None)
+        masks = given.given_masks(masks, fixed=every is None)
     rounds = make_rounds(total_steps, drop_fraction, every, start, stop)
     if every == 1 and not update_weights:
         raise ValueError(

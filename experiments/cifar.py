@@ -25,19 +25,20 @@ from rich.console import Console
 
 import dstee_jax as dstee
 from dstee_jax.state import find_states
-from experiments import data, records, sis
-from experiments.arguments import Parser, choice
-from experiments.checkpoints import Checkpoints
-from experiments.learner import (
+from experiments.data import cifar as data
+from experiments.training import records, sis
+from experiments.training.arguments import Parser, choice
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.learner import (
     OPTIONS,
     Learner,
     TrainState,
     add_method_options,
     check_method_options,
 )
-from experiments.methods import METHODS, measures
-from experiments.models import MODELS, count_weights
-from experiments.runs import Events
+from experiments.training.methods import METHODS, measures
+from experiments.training.models import MODELS, count_weights
+from experiments.training.runs import Events
 
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
 WEIGHT_DECAY = 5e-4

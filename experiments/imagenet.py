@@ -26,20 +26,21 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import data, records, sis
-from experiments import imagenet_input as images
-from experiments.arguments import Parser, choice
-from experiments.checkpoints import Checkpoints
-from experiments.learner import (
+from experiments.data import cifar as data
+from experiments.data import imagenet as images
+from experiments.training import records, sis
+from experiments.training.arguments import Parser, choice
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.learner import (
     OPTIONS,
     Learner,
     TrainState,
     add_method_options,
     check_method_options,
 )
-from experiments.methods import METHODS, measures
-from experiments.models import ResNet50, Small, count_weights
-from experiments.runs import Log, Preemption, check_same_command, leave
+from experiments.training.methods import METHODS, measures
+from experiments.training.models import ResNet50, Small, count_weights
+from experiments.training.runs import Log, Preemption, check_same_command, leave
 
 CLASSES = 1000
 # Mean and standard deviation of the channels of ImageNet's training images, in units of 255.

@@ -29,9 +29,10 @@ from rich.console import Console
 
 import dstee_jax as dstee
 from dstee_jax.state import find_states
-from experiments import graphs, records, walks
-from experiments.arguments import Parser, choice
-from experiments.methods import METHODS, optimizer
+from experiments.data import graphs, walks
+from experiments.training import records
+from experiments.training.arguments import Parser, choice
+from experiments.training.methods import METHODS, optimizer
 
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
 EPOCHS = {"admm": 60}  # 20 dense, 20 of ADMM, 20 of retraining; 50 for the others

@@ -3,7 +3,7 @@
     python -m experiments.lm --method dst_ee --sparsity 0.9 --seed 0 1 2
 
 A decoder-only transformer (4 layers, width 128, 4 heads, windows of 128) reads bytes. The text
-is Python's own documentation, which is on every machine (see `experiments.text`), or `--text
+is Python's own documentation, which is on every machine (see `experiments.data.text`), or `--text
 FILE ...`. Attention kernels have heads as an axis of their own and all kernels of the blocks
 have the layers as their first: `stack_axes` of `dstee.transform` tells these from weights'
 axes. Embeddings and head stay dense. AdamW with warm-up, cosine and clipping, a mask update
@@ -37,12 +37,12 @@ from rich.console import Console
 
 import dstee_jax as dstee
 from dstee_jax.state import find_states
-from experiments import records
-from experiments import text as texts
-from experiments.arguments import Parser
-from experiments.learner import OPTIONS, add_method_options
-from experiments.methods import measures, optimizer
-from experiments.models import count_weights
+from experiments.data import text as texts
+from experiments.training import records
+from experiments.training.arguments import Parser
+from experiments.training.learner import OPTIONS, add_method_options
+from experiments.training.methods import measures, optimizer
+from experiments.training.models import count_weights
 
 # Methods that keep the count of every layer, as stacked layers ask for.
 METHODS = ("dense", "static", "set", "set_itop", "mest", "rigl", "rigl_itop", "dst_ee")

@@ -26,9 +26,9 @@ from sklearn.model_selection import train_test_split
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from dstee_jax.state import find_states
-from experiments import records, sis
-from experiments.arguments import Parser, at_least_one, choice
-from experiments.methods import METHODS, first_masks, measures, model_params, optimizer
+from experiments.training import records, sis
+from experiments.training.arguments import Parser, at_least_one, choice
+from experiments.training.methods import METHODS, first_masks, measures, model_params, optimizer
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
@@ -37,8 +37,8 @@ EVAL_EVERY = 50
 SCORED = 100  # images that SNIP and GraSP see: 10 of each class
 LEARNING_RATE = 0.1
 WEIGHT_DECAY = 5e-4
-# The schedule of mask updates that won on the validation split at 98% (experiments/sweep.py),
-# the same for every method.
+# The schedule of mask updates that won on the validation split at 98%
+# (experiments/studies/sweep.py), the same for every method.
 SCHEDULE = {"every": 50, "drop_fraction": 0.5, "stop": 0.9}
 # STR's sparsity comes out of training: first threshold sigmoid(-5), and the weight decay that
 # ends near each sparsity here.

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cifar, data, learner, models, quickstart, records, sis, table1
-from experiments.methods import METHODS
+from experiments import cifar, quickstart
+from experiments.data import cifar as data
+from experiments.report import table1
+from experiments.training import learner, models, records, sis
+from experiments.training.methods import METHODS
 from tests.tiny_datasets import write_cifar
 
 pytestmark = [

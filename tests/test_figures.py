@@ -10,20 +10,11 @@ import pytest
 from PIL import Image
 
 import dstee_jax as dstee
-from experiments import (
-    ablation,
-    cifar,
-    exploitation,
-    figure1,
-    figures,
-    imagenet,
-    linkpred,
-    quickstart,
-    records,
-    theory,
-    write_configs,
-)
-from experiments.checkpoints import Checkpoints
+from experiments import cifar, imagenet, linkpred, quickstart
+from experiments.report import figures, write_configs
+from experiments.studies import ablation, exploitation, figure1, theory
+from experiments.training import records
+from experiments.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)

@@ -15,8 +15,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from experiments import imagenet, imagenet_input, records, sis, table2
-from experiments.checkpoints import Checkpoints
+from experiments import imagenet
+from experiments.data import imagenet as imagenet_input
+from experiments.report import table2
+from experiments.training import records, sis
+from experiments.training.checkpoints import Checkpoints
 from tests.tiny_datasets import write_imagenet
 
 pytestmark = [

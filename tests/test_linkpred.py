@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import graphs, linkpred, records, walks
+from experiments import linkpred
+from experiments.data import graphs, walks
+from experiments.training import records
 
 RNG = np.random.default_rng(0)
 

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 import dstee_jax as dstee
-from experiments import lm, records, text
+from experiments import lm
+from experiments.data import text
+from experiments.training import records
 
 TINY = ["--layers", "2", "--width", "16", "--heads", "2", "--length", "16", "--batch", "4"]
 WORDS = "the cat sat on the mat and the dog lay by the door. " * 100

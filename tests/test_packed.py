@@ -10,8 +10,11 @@ import optax
 import pytest
 
 import dstee_jax as dstee
-from dstee_jax import bisection, packed, rows, rule, scores
-from dstee_jax.masks import random_mask
+from dstee_jax import scores
+from dstee_jax.engine import packed, rows
+from dstee_jax.engine import round as rule
+from dstee_jax.masks.random import random_mask
+from dstee_jax.selection import bisection
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

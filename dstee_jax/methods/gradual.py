@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dstee_jax import memory, penalties, plans, scores
 from dstee_jax.methods._common import Inner, Options, Transform, itop
 from dstee_jax.methods.exchange import mest
+from dstee_jax.rules import memory, penalties, plans, scores
 from dstee_jax.transform import transform
 
 

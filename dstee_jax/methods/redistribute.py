@@ -4,8 +4,8 @@ from typing import Any
 
 import optax
 
-from dstee_jax import memory, plans, scores
 from dstee_jax.methods._common import Inner, Options, Transform, half_to_nearly_none
+from dstee_jax.rules import memory, plans, scores
 from dstee_jax.transform import transform
 
 

@@ -1,0 +1,1 @@
+"""Several devices: what is sent, and how the state lies on them."""

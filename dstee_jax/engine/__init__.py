@@ -1,0 +1,1 @@
+"""How a step runs: from state to state."""

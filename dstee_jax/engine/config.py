@@ -1,0 +1,153 @@
+"""What `transform` was asked for, how leaves are cut and counted, and the first state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dstee_jax.engine import packed
+from dstee_jax.engine.round import Rule
+from dstee_jax.masks import given
+from dstee_jax.masks.counts import (
+    Blocks,
+    Facts,
+    Layout,
+    Sparsity,
+    StackAxes,
+    Where,
+    check_parts,
+    leaf_counts,
+    total,
+)
+from dstee_jax.masks.distributions import Distribution
+from dstee_jax.masks.random import masks_of_counts
+from dstee_jax.rules.memory import Memory, first_rule_state
+from dstee_jax.rules.schedule import Rounds
+from dstee_jax.rules.scores import Score
+from dstee_jax.state import SparseState, copy_key
+from dstee_jax.trees import PyTree, is_dense, mask_leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """What `transform` was asked for, checked."""
+
+    inner: optax.GradientTransformationExtraArgs | None
+    rule: Rule
+    rounds: Rounds
+    key: jax.Array
+    sparsity: Sparsity
+    distribution: Distribution
+    where: Where
+    masks: PyTree | None
+    stack_axes: StackAxes | None
+    blocks: Blocks | None
+    memory: Memory | None
+    penalty: Score | None
+    update_weights: bool
+    packed: bool
+    indices: bool
+    grow_batches: int
+    counter_init: str
+    counter_dtype: Any
+
+    def layout(self, params: PyTree) -> tuple[Layout, list[Any]]:
+        """How leaves are cut, and the counts of each: None where dense or masks are traced."""
+        layout, plan = Layout(params, self.stack_axes, self.blocks), self.rule.plan
+        if self.masks is not None:
+            given.check_masks(self.masks, params)
+            targets: list[Any] = [
+                None if is_dense(m) or isinstance(m, jax.core.Tracer) else layout.of_mask(i, m)
+                for i, m in enumerate(mask_leaves(self.masks, params))
+            ]
+            starts: list[Any] = targets
+        else:
+
+            def spread(sparsity: Sparsity) -> list[Any]:
+                args = (sparsity, self.distribution, self.where, self.rule.structure, layout)
+                return leaf_counts(params, *args)
+
+            targets = spread(self.sparsity)
+            starts = plan.first_counts(params, targets, spread)
+        facts: list[Facts | None] = [
+            None if target is None else Facts(target, start, layout.grid(i), layout.stacks[i])
+            for i, (target, start) in enumerate(zip(targets, starts, strict=True))
+        ]
+        check_parts(layout, facts, plan.exchanges, self.rule.structure, self.indices)
+        return layout, facts
+
+    def full(self, params: PyTree, facts: list[Facts | None]) -> list[bool]:
+        """Whether a leaf's mask is all ones for ever: then it costs nothing, as a dense leaf."""
+        sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(params)]
+        return [
+            self.rule.plan.exchanges and fact is not None and total(fact.target) == size
+            for fact, size in zip(facts, sizes, strict=True)
+        ]
+
+    def needs_dense(self, count: jax.Array) -> jax.Array:
+        """Whether update number `count` reads the gradient of inactive weights; bool, ()."""
+        if self.memory is not None:
+            return jnp.ones((), bool)
+        return self.rounds.until(count) < self.grow_batches
+
+    def init(self, params: PyTree) -> SparseState:
+        """The state before the first step."""
+        seen = where_active = params
+        if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
+            first = counters = params
+        else:
+            layout, facts = self.layout(params)
+            first = self._first_masks(params, layout, facts)
+            begin = jnp.array if self.counter_init == "masks" else jnp.zeros_like
+            counters = jax.tree.map(lambda m: begin(m, self.counter_dtype), first)
+            if self.indices:
+                where_active = self._first_indices(params, first, facts)
+            if self.packed:
+                seen = packed.pack(params, where_active)
+                packed.check_state(self.inner, params, seen)
+        plan_state = self.rule.plan.init()
+        return SparseState(
+            count=jnp.zeros((), jnp.int32),
+            key=copy_key(self.key),
+            masks=first,
+            counters=counters,
+            rule_state=first_rule_state(
+                self.memory, plan_state, params, first, self.key, self.grow_batches > 1
+            ),
+            inner_state=() if self.inner is None else self.inner.init(seen),
+            needs_dense=self.needs_dense(jnp.ones((), jnp.int32)),
+            indices=where_active if self.indices else (),
+        )
+
+    def _first_masks(self, params: PyTree, layout: Layout, facts: list[Facts | None]) -> PyTree:
+        if self.masks is None:
+            starts = [None if fact is None else fact.start for fact in facts]
+            return masks_of_counts(params, starts, self.key, self.rule.structure, layout)
+        if self.rule.structure is not None:
+            for (path, _), mask, axes in zip(
+                layout.leaves, mask_leaves(self.masks, params), layout.stacks, strict=True
+            ):
+                given.check_structure(self.rule.structure, path, mask, axes)
+        leaves, treedef = jax.tree.flatten(params)
+        rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
+        return jax.tree.unflatten(treedef, [m if is_dense(m) else given.lay(m, x) for m, x in rows])
+
+    def _first_indices(self, params: PyTree, masks: PyTree, facts: list[Facts | None]) -> PyTree:
+        rows = zip(mask_leaves(masks, params), facts, self.full(params, facts), strict=True)
+        found = [
+            optax.MaskedNode() if is_dense(mask) or full else _positions(mask, fact)
+            for mask, fact, full in rows
+        ]
+        return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+def _positions(mask: jax.Array, fact: Facts | None) -> jax.Array:
+    if fact is None:
+        raise ValueError(
+            "packed=True and indices=True need the counts of active weights when the step is "
+            "compiled, and masks= is traced: make the masks outside jit and vmap."
+        )
+    return packed.positions(mask, int(np.max(fact.target)), fact.grid)

@@ -1,0 +1,1 @@
+"""Which weights are active at first: counts by leaf, random and given masks, initial scale."""

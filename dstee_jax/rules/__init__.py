@@ -1,0 +1,1 @@
+"""What a method is made of: scores, plans, schedule, memory, penalties, structures."""

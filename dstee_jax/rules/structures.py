@@ -1,0 +1,232 @@
+"""Structures: which masks are allowed. N:M, blocks, constant fan-in.
+
+`transform(structure=structures.n_m(2, 4), ...)` uses any drop and grow score with masks of that
+structure. Structures keep the count of every leaf (`plans.exchange`).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dstee_jax.selection.bisection import largest_bits
+from dstee_jax.selection.drop_and_grow import drop_and_grow, largest
+
+Shape = tuple[int, ...]
+
+
+class Structure(NamedTuple):
+    """Masks of one kind.
+
+    Attributes:
+      count: `(shape, wanted) -> count`, the nearest number of active weights that the structure
+        allows; raises a ValueError that names shape and remedy if it allows none.
+      random_mask: `(key, shape, count) -> mask`, uniformly at random.
+      exchange: `(mask, drop_score, grow_score, k, k_max, regrow, selection) -> mask`: about k
+        weights change places.
+      fits: `mask -> bool`, whether a concrete mask has the structure.
+    """
+
+    count: Callable[[Shape, int], int]  # type: ignore[assignment]
+    random_mask: Callable[[jax.Array, Shape, int], jax.Array]
+    exchange: Callable[..., jax.Array]
+    fits: Callable[[np.ndarray], bool]
+
+
+def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
+    """Exactly n of each m neighbouring weights along an axis are active, as 2:4.
+
+    A round exchanges at most one weight in a group: in the k groups whose worst active weight
+    scores lowest, it gives way to the best inactive one of its group. The sparsity must be
+    1 - n / m in every leaf: pass `distribution=dstee.uniform`.
+
+    Args:
+      n: active weights of a group, in [1, m).
+      m: size of a group; must divide the axis.
+      axis: along which groups lie; -2 is the input axis of dense and convolution kernels, which
+        is what sparse tensor cores need.
+
+    References:
+      Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, for 2:4.
+    """
+    if not 1 <= n < m:
+        raise ValueError(f"{n}:{m} is no N:M structure: n must be in [1, m), as 2:4.")
+
+    def grouped(x: jax.Array) -> jax.Array:
+        moved = jnp.moveaxis(x, axis, -1)
+        return moved.reshape(*moved.shape[:-1], -1, m)
+
+    def back(x: jax.Array, shape: Shape) -> jax.Array:
+        moved = jnp.moveaxis(jnp.zeros(shape, bool), axis, -1).shape
+        return jnp.moveaxis(x.reshape(moved), -1, axis)
+
+    def count(shape: Shape, wanted: int) -> int:
+        if len(shape) < -axis or shape[axis] % m:
+            raise ValueError(
+                f"{n}:{m} needs axis {axis} of shape {shape} to be a multiple of {m}: choose "
+                "another axis or m, or leave the leaf dense with where=."
+            )
+        allowed = int(np.prod(shape)) * n // m
+        if abs(wanted - allowed) > 1:
+            raise ValueError(
+                f"{n}:{m} keeps {allowed} weights of shape {shape}, the sparsity {wanted}: pass "
+                f"sparsity={1 - n / m:g} and distribution=dstee.uniform."
+            )
+        return allowed
+
+    def random_mask(key: jax.Array, shape: Shape, wanted: int) -> jax.Array:
+        draw = grouped(jax.random.uniform(key, shape))
+        rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
+        return back(rank < n, shape)
+
+    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
+        active, drop, grow = (grouped(x) for x in (mask, drop_score, grow_score))
+        places = jnp.arange(m)
+        drop = jnp.where(active, drop, jnp.inf)
+        worst = places == drop.argmin(-1, keepdims=True)
+        able = ~active & jnp.isfinite(grow)
+        able = able | worst if regrow else able
+        best = places == jnp.where(able, grow, -jnp.inf).argmax(-1, keepdims=True)
+        # Groups that can exchange, lowest drop score first.
+        score = jnp.where(able.any(-1), -drop.min(-1), -jnp.inf)
+        k = jnp.minimum(jnp.asarray(k, jnp.uint32), jnp.sum(able.any(-1), dtype=jnp.uint32))
+        chosen = largest(score, k, min(k_max, score.size), selection)[..., None]
+        return back(jnp.where(chosen, (active & ~worst) | best, active), mask.shape)
+
+    def fits(mask: np.ndarray) -> bool:
+        shape = mask.shape
+        if len(shape) < -axis or shape[axis] % m:
+            return False
+        moved = np.moveaxis(mask, axis, -1)
+        return bool((moved.reshape(-1, m).sum(-1) == n).all())
+
+    return Structure(count, random_mask, exchange, fits)
+
+
+def block(shape: tuple[int, ...]) -> Structure:
+    """Blocks of weights over the last axes are active or inactive together.
+
+    A block's score is the sum of its weights' scores.
+
+    Args:
+      shape: of a block, for the last `len(shape)` axes of a leaf; each must divide its axis.
+
+    References:
+      Gray et al., "GPU Kernels for Block-Sparse Weights", 2017.
+    """
+    if not shape or any(b < 1 for b in shape):
+        raise ValueError(f"block={shape} must have sizes of 1 or more, as (4, 4).")
+    size = int(np.prod(shape))
+
+    def split(full: Shape) -> tuple[list[int], tuple[int, ...]]:
+        """The shape with each of the last axes cut in two, and the inner ones' positions."""
+        if len(full) < len(shape) or any(
+            f % b for f, b in zip(full[-len(shape) :], shape, strict=True)
+        ):
+            raise ValueError(
+                f"blocks of {shape} do not divide the last axes of shape {full}: choose another "
+                "block, or leave the leaf dense with where=."
+            )
+        lead = len(full) - len(shape)
+        cut = list(full[:lead])
+        for f, b in zip(full[lead:], shape, strict=True):
+            cut += [f // b, b]
+        return cut, tuple(lead + 1 + 2 * i for i in range(len(shape)))
+
+    def reduced(x: jax.Array, how: Callable) -> jax.Array:
+        cut, inner = split(x.shape)
+        return how(x.reshape(cut), axis=inner)
+
+    def expanded(blocks: jax.Array, full: Shape) -> jax.Array:
+        cut, inner = split(full)
+        return jnp.broadcast_to(jnp.expand_dims(blocks, inner), cut).reshape(full)
+
+    def blocks_of(full: Shape) -> Shape:
+        cut, inner = split(full)
+        return tuple(n for i, n in enumerate(cut) if i not in inner)
+
+    def count(full: Shape, wanted: int) -> int:
+        total = int(np.prod(blocks_of(full)))
+        return size * min(max(round(wanted / size), 1), total)
+
+    def random_mask(key: jax.Array, full: Shape, wanted: int) -> jax.Array:
+        bits = jax.random.bits(key, blocks_of(full), jnp.uint32)
+        return expanded(largest_bits([bits], jnp.uint32(wanted // size))[0], full)
+
+    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
+        new = drop_and_grow(
+            reduced(mask, jnp.any),
+            reduced(drop_score, jnp.sum),
+            reduced(grow_score, jnp.sum),
+            _shared(k, size),
+            k_max=-(-k_max // size),
+            regrow=regrow,
+            selection=selection,
+        )
+        return expanded(new, mask.shape)
+
+    def fits(mask: np.ndarray) -> bool:
+        try:
+            cut, inner = split(mask.shape)
+        except ValueError:
+            return False
+        parts = mask.reshape(cut)
+        return bool((parts.any(axis=inner) == parts.all(axis=inner)).all())
+
+    return Structure(count, random_mask, exchange, fits)
+
+
+def constant_fan_in() -> Structure:
+    """Every output unit (last axis) keeps the same number of active inputs: SRigL.
+
+    A round exchanges the same number of weights in each unit.
+
+    References:
+      Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.
+
+    Deviations:
+      SRigL also ablates units whose weights matter little; here all units stay.
+    """
+
+    def columns(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, x.shape[-1]).T
+
+    def count(shape: Shape, wanted: int) -> int:
+        fan_in = int(np.prod(shape[:-1]))
+        return shape[-1] * min(max(round(wanted / shape[-1]), 1), fan_in)
+
+    def random_mask(key: jax.Array, shape: Shape, wanted: int) -> jax.Array:
+        bits = columns(jax.random.bits(key, shape, jnp.uint32))
+        each = jnp.uint32(wanted // shape[-1])
+        return jax.vmap(lambda b: largest_bits([b], each)[0])(bits).T.reshape(shape)
+
+    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
+        units = mask.shape[-1]
+
+        def one(mask: jax.Array, drop: jax.Array, grow: jax.Array) -> jax.Array:
+            return drop_and_grow(
+                mask,
+                drop,
+                grow,
+                _shared(k, units),
+                k_max=-(-k_max // units),
+                regrow=regrow,
+                selection=selection,
+            )
+
+        new = jax.vmap(one)(*(columns(x) for x in (mask, drop_score, grow_score)))
+        return new.T.reshape(mask.shape)
+
+    def fits(mask: np.ndarray) -> bool:
+        sums = mask.reshape(-1, mask.shape[-1]).sum(0)
+        return bool((sums == sums[0]).all())
+
+    return Structure(count, random_mask, exchange, fits)
+
+
+def _shared(k: Any, parts: int) -> jax.Array:
+    """k // parts, at least 1 while k is above 0."""
+    k = jnp.asarray(k, jnp.int32)
+    return jnp.where(k > 0, jnp.maximum(k // parts, 1), 0)

@@ -1,0 +1,1 @@
+"""Which entries of arrays are kept: drop-and-grow, and the exact searches behind it."""

@@ -1,0 +1,1 @@
+"""Tables, figures and configurations, made from records."""

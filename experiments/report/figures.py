@@ -1,0 +1,286 @@
+"""The paper's figures, drawn from records or a checkpoint, as PNG and SVG.
+
+    python -m experiments.report.figures figure1       # from results/figure1.jsonl
+    python -m experiments.report.figures figure2       # one mask update, computed and drawn
+    python -m experiments.report.figures figure3       # from results/figure3.jsonl, made by runs of
+        # experiments.cifar --method dst_ee --c C --results results/figure3.jsonl
+    python -m experiments.report.figures exploitation  # from results/exploitation.jsonl
+    python -m experiments.report.figures theory        # from results/theory.jsonl
+    python -m experiments.report.figures masks --work_dir DIR   # from a run's last checkpoint
+
+`--records FILE` draws other records, `--out DIR` writes elsewhere than docs/figures.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+
+import dstee_jax as dstee
+from dstee_jax.trees import path_name
+from experiments.training import records
+from experiments.training.arguments import Parser
+from experiments.training.checkpoints import Checkpoints
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people tell apart; markers differ too, for print.
+COLORS = {"rigl": "#0072B2", "dst_ee": "#D55E00", "set": "#E69F00", "static": "#999999"}
+SEQUENCE = ["#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
+MARKERS = "os^Dvx"
+LABELS = {"rigl": "RigL: gradient", "dst_ee": "DST-EE: acquisition", "set": "SET: random"}
+plt.rcParams.update({"svg.hashsalt": "dstee", "axes.spines.top": False, "axes.spines.right": False})
+
+
+def figure1(runs: list[dict]) -> Figure:
+    """Share of important inactive weights that each rule ignores, layer by layer."""
+    run = runs[-1]
+    layers = list(dict.fromkeys(row["layer"] for row in run["rows"]))
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    place = np.arange(len(layers))
+    for i, method in enumerate(("rigl", "dst_ee")):
+        rows = {row["layer"]: row for row in run["rows"] if row["method"] == method}
+        height = [100 * rows[name]["ignored"] if name in rows else 0 for name in layers]
+        axis.bar(
+            *(place + 0.36 * (i - 0.5), height, 0.34),
+            color=COLORS[method],
+            label=LABELS[method],
+            hatch="//" if i else None,
+            edgecolor="white",
+        )
+    rows = {row["layer"]: row for row in run["rows"]}
+    chance = [100 * rows[name]["chance"] for name in layers]
+    axis.scatter(
+        place, chance, marker="_", s=900, color="black", label="growth at random", zorder=3
+    )
+    axis.set_xticks(
+        place, [name.removesuffix("/kernel") for name in layers], rotation=30, ha="right"
+    )
+    axis.set(ylabel="important weights ignored (%)", ylim=(0, 122))
+    axis.set_title(f"{run['model']}, {run['data']}, {run['sparsity']:.0%} sparse, step 1000")
+    axis.legend(loc="upper center", ncols=3, frameon=False)
+    return figure
+
+
+def figure2(_: list[dict]) -> Figure:
+    """One mask update of a small layer: what is dropped, the score, what is grown."""
+    shape, every = (6, 8), 5
+    key = jax.random.key(3)
+    tx = dstee.methods.dst_ee(
+        optax.sgd(0.1), c=0.02, sparsity=0.7, total_steps=100, key=key, every=every
+    )
+    target, params = jax.random.normal(key, shape), {"kernel": jnp.zeros(shape)}
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(1, 4 * every + 1):
+        noise = 0.3 * jax.random.normal(jax.random.fold_in(key, step), shape)
+        before, params_before = state, params
+        grads = {"kernel": params["kernel"] - target + noise}
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    w, g = (np.asarray(tree["kernel"]) for tree in (params_before, grads))
+    old, new = (np.asarray(s.masks["kernel"]) for s in (before, state))
+    counter = np.asarray(before.counters["kernel"])
+    leaf = dstee.Leaf(w, g, old, counter, key, state.count)
+    score = np.asarray(dstee.scores.acquisition(c=0.02)(leaf))
+    dropped, grown = old & ~new, new & ~old
+    panels = [
+        ("weights $W^t$, mask $M$", np.where(old, w, np.nan), "RdBu", "{:.1f}"),
+        ("drop: $k$ smallest $|W^t|$", np.where(old, abs(w), np.nan), "Greys", "{:.1f}"),
+        ("gradient $|G^t|$", abs(g), "Blues", "{:.1f}"),
+        ("rounds active $N^t$", counter.astype(float), "Oranges", "{:.0f}"),
+        (
+            r"score $|G^t| + c\,\ln t\,/\,(N^t+\epsilon)$",
+            np.where(old, np.nan, score),
+            "Purples",
+            "{:.1f}",
+        ),
+        ("new mask $M$, counters $N^t + M$", np.where(new, 1.0, np.nan), "Greens", ""),
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5.2), layout="constrained")
+    for i, (axis, (title, values, cmap, text)) in enumerate(zip(axes.flat, panels, strict=True)):
+        top = np.nanmax(abs(values))
+        axis.imshow(values, cmap=cmap, vmin=-1.6 * top if cmap == "RdBu" else 0, vmax=1.6 * top)
+        axis.set_title(f"{i + 1}. {title}", fontsize=11)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
+        for (r, c), value in np.ndenumerate(values):
+            if not np.isnan(value) and text:
+                axis.text(c, r, text.format(value), ha="center", va="center", fontsize=7)
+        for mask, color, style, shown in [
+            (dropped, "#D55E00", "--", i in (0, 1, 5)),
+            (grown, "#000000", "-", i in (4, 5)),
+        ]:
+            for r, c in np.argwhere(mask) if shown else ():
+                box = plt.Rectangle((c - 0.45, r - 0.45), 0.9, 0.9, fill=False)
+                box.set(edgecolor=color, linestyle=style, linewidth=2)
+                axis.add_patch(box)
+    figure.suptitle(
+        f"One mask update at step t = {int(state.count)}: k = {dropped.sum()} weights dropped "
+        f"(dashed), {grown.sum()} grown at zero (solid)"
+    )
+    return figure
+
+
+def figure3(runs: list[dict]) -> Figure:
+    """Exploration degree by round and accuracy by epoch, for several c; a row for each sparsity."""
+    groups = records.group(runs, "data", "model", "sparsity")
+    figure, axes = plt.subplots(
+        len(groups), 2, figsize=(9, 3.2 * len(groups)), layout="constrained", squeeze=False
+    )
+    for row, ((data, model, sparsity), cell) in zip(axes, sorted(groups.items()), strict=True):
+        by_c = {}
+        for run in cell:
+            by_c.setdefault(run["options"].get("c", 1e-3), []).append(np.array(run["history"]))
+        for i, (c, histories) in enumerate(sorted(by_c.items())):
+            accuracy, explored = np.mean(histories, 0).T
+            style = {"color": SEQUENCE[i], "marker": MARKERS[i], "ms": 4, "label": f"c = {c:g}"}
+            epoch = 1 + np.arange(len(accuracy))
+            row[0].plot(_rounds(cell[0], epoch), explored, **style)
+            row[1].plot(epoch, accuracy, **style)
+        seeds = len(next(iter(by_c.values())))
+        row[0].set(xlabel="mask update round", ylabel="exploration degree R")
+        row[0].set_title(f"{data}, {model}, {sparsity:.0%}, {seeds} seed{'s' * (seeds > 1)}")
+        row[1].set(xlabel="epoch", ylabel="test accuracy (%)")
+        row[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _rounds(run: dict, epoch: np.ndarray) -> np.ndarray:
+    """How many mask updates a run had seen after each epoch; its options or the defaults."""
+    every, stop = run["options"].get("every", 100), run["options"].get("stop", 0.75)
+    steps = np.minimum(epoch * run["steps"] / run["epochs"], stop * run["steps"])
+    return steps // every
+
+
+def exploitation(runs: list[dict]) -> Figure:
+    """Exploitation and exploration degree by round, mean and standard deviation over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for i, ((method,), cell) in enumerate(records.group(runs, "method").items()):
+        for axis, name in zip(axes, ("exploitation", "R"), strict=True):
+            values = np.array([run[name] for run in cell])
+            mean, sd = values.mean(0), values.std(0)
+            rounds = 1 + np.arange(len(mean))
+            style = {"color": COLORS[method], "marker": MARKERS[i], "markevery": 3, "ms": 5}
+            axis.plot(rounds, mean, label=LABELS[method], **style)
+            axis.fill_between(rounds, mean - sd, mean + sd, color=COLORS[method], alpha=0.2, lw=0)
+    axes[0].axhline(0, color="black", lw=0.6)
+    axes[0].set(xlabel="mask update round", ylabel=r"exploitation degree $\Delta L_g$ (Eq. 3)")
+    axes[1].set(xlabel="mask update round", ylabel="exploration degree R", ylim=(0, None))
+    axes[0].legend(frameon=False)
+    first = runs[0]
+    figure.suptitle(f"{first['data']}, {first['sparsity']:.0%} sparse; band: 1 sd over seeds")
+    return figure
+
+
+def theory(runs: list[dict]) -> Figure:
+    """Proposition 2's rate, and Proposition 1's bound beside the measured decrease."""
+    first, second = runs[-1]["proposition_1"], runs[-1]["proposition_2"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    rounds, above = (np.array(second[name]) for name in ("rounds", "above_floor"))
+    axes[0].loglog(rounds, second["mean_gradient"], "s-", color="#999999", label="measured")
+    axes[0].loglog(rounds, above, "o-", color="#D55E00", label="above the masks' floor")
+    bound = above[-1] * np.sqrt(rounds[-1] / rounds)
+    axes[0].loglog(rounds, bound, "k--", label=r"$\propto 1/\sqrt{Q}$")
+    axes[0].set(xlabel="rounds Q", ylabel=r"mean of $|\nabla F(W \odot M)|^2$")
+    axes[0].set_title(f"Proposition 2: slope {second['slope']:.2f} ± {second['slope_sd']:.2f}")
+    axes[0].legend(frameon=False)
+    q = 1 + np.arange(len(first["change"]))
+    axes[1].plot(q, first["change"], color="#0072B2", label="measured change of F")
+    axes[1].plot(q, first["bound"], color="#D55E00", ls="--", label="right-hand side of Eq. 4")
+    axes[1].axhline(0, color="black", lw=0.6)
+    axes[1].set(xlabel="round q", ylabel="change of F in a round")
+    axes[1].set_title(f"Proposition 1: holds in {first['holds']:.0%} of the rounds")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def _in_order(name: str) -> list[tuple[int, int, str]]:
+    """For sorting layers: block 2 comes before block 10."""
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("/")]
+
+
+def masks(work_dir: Path) -> Figure:
+    """Densities of the layers, and how many inputs each output unit of the largest ones reads."""
+    state = Checkpoints(work_dir, keep=True).restore_plain()["opt_state"]
+    if "masks" not in state:
+        raise FileNotFoundError(
+            f"the run in {work_dir} has no masks: it is dense, or learns thresholds."
+        )
+    found = {
+        path_name(path).removesuffix("/value").removesuffix("/kernel"): np.asarray(mask)
+        for path, mask in jax.tree_util.tree_leaves_with_path(state["masks"])
+    }
+    counters = map(np.asarray, jax.tree.leaves(state["counters"]))
+    explored = {name: (counter > 0).mean() for name, counter in zip(found, counters, strict=True)}
+    found = dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    place = np.arange(len(found))
+    density = [100 * m.mean() for m in found.values()]
+    axes[0].bar(
+        place, [100 * explored[name] for name in found], color="#BBBBBB", label="ever active"
+    )
+    axes[0].bar(place, density, 0.5, color="#0072B2", label="active", hatch="//", edgecolor="w")
+    step = max(len(found) // 20, 1)
+    axes[0].set_xticks(place[::step], list(found)[::step], rotation=60, ha="right", fontsize=7)
+    axes[0].set(ylabel="weights (%)", title="layers")
+    axes[0].legend(frameon=False)
+    for i, (name, mask) in enumerate(sorted(found.items(), key=lambda p: -p[1].size)[:3]):
+        fan_in = np.sort(mask.reshape(-1, mask.shape[-1]).sum(0))[::-1]
+        share = np.linspace(0, 1, len(fan_in))
+        axes[1].plot(share, fan_in, color=SEQUENCE[i], marker=MARKERS[i], markevery=0.1, label=name)
+    axes[1].set(xlabel="share of output units, most inputs first", ylabel="active inputs")
+    axes[1].set_title("the largest layers: active inputs of a unit")
+    axes[1].legend(frameon=False, fontsize="small")
+    return figure
+
+
+DRAWN: dict[str, Callable[[list[dict]], Figure]] = {
+    "figure1": figure1,
+    "figure2": figure2,
+    "figure3": figure3,
+    "exploitation": exploitation,
+    "theory": theory,
+}
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """As PNG and SVG; the same records give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for one, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
+        figure.savefig(one, dpi=130, metadata=metadata)
+    plt.close(figure)
+    return paths
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("name", choices=[*DRAWN, "masks"])
+    parser.add_argument("--records", type=Path, help="default results/NAME.jsonl")
+    parser.add_argument("--work_dir", type=Path, help="of the run, for masks")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    args = parser.parse_args(argv)
+    try:
+        if args.name == "masks":
+            if args.work_dir is None:
+                parser.error("masks needs --work_dir, the directory of a run.")
+            figure = masks(args.work_dir)
+        elif args.name == "figure2":
+            figure = figure2([])
+        else:
+            path = args.records or records.RESULTS / f"{args.name}.jsonl"
+            figure = DRAWN[args.name](records.read(path))
+    except FileNotFoundError as error:
+        raise SystemExit(f"error: {error}") from error
+    print("\n".join(map(str, save(figure, args.out / args.name))))
+
+
+if __name__ == "__main__":
+    main()

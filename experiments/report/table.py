@@ -1,0 +1,88 @@
+"""Markdown table of recorded runs: mean ± standard deviation over seeds, last epoch.
+
+    python -m experiments.report.table results/digits.jsonl
+    python -m experiments.report.table results/cifar.jsonl --pairs
+
+`--pairs` adds what one method gains over another with the same seeds: the mean difference, its
+standard error, and their ratio.
+"""
+
+import statistics
+from pathlib import Path
+
+from experiments.training import records
+from experiments.training.arguments import Parser
+from experiments.training.methods import METHODS
+
+PAIRS = [("set", "static"), ("rigl", "set"), ("dst_ee", "rigl")]
+
+
+def accuracy_table(runs: list[dict]) -> str:
+    """One row a method, one column a sparsity; dense runs fill the first."""
+    lines = []
+    keys = ("data", "model", "split", "rescale")
+    for (data, model, split, rescale), rows in records.group(runs, *keys).items():
+        sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"})
+        cells = records.group(rows, "method", "sparsity")
+        seeds = sorted({len(cell) for cell in cells.values()})
+        epochs = {f"{r['epochs']} epochs" if "epochs" in r else f"{r['steps']} steps" for r in rows}
+        lines.append(
+            f"{data}, {model}{', rescaled' if rescale else ''}, {split} accuracy (%), "
+            f"{', '.join(sorted(epochs))}, "
+            f"{'/'.join(map(str, seeds))} seeds, last epoch (R: exploration degree)\n"
+        )
+        lines.append("| method | " + " | ".join(f"{s:.0%}" for s in sparsities) + " |")
+        lines.append("| --- |" + " --- |" * len(sparsities))
+        for method in METHODS:
+            row = []
+            for sparsity in sparsities:
+                cell = cells.get((method, 0.0 if method == "dense" else sparsity))
+                if cell is None:
+                    row.append("")
+                    continue
+                text = records.mean_sd(run["accuracy"] for run in cell)
+                explored = statistics.mean(run["R"] for run in cell)
+                row.append(text if method == "dense" else f"{text} (R {explored:.3f})")
+            if any(row):
+                lines.append(f"| {method} | " + " | ".join(row) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def pair_table(runs: list[dict]) -> str:
+    """Differences between methods, paired by seed."""
+    lines = [
+        "| data | sparsity | pair | mean difference | standard error |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    cells = records.group(runs, "data", "rescale", "sparsity")
+    for (data, rescale, sparsity), rows in sorted(cells.items()):
+        by = {(r["method"], r["seed"]): r["accuracy"] for r in rows}
+        seeds = sorted({r["seed"] for r in rows})
+        for better, worse in PAIRS:
+            gains = [
+                by[better, s] - by[worse, s] for s in seeds if {(better, s), (worse, s)} <= set(by)
+            ]
+            if len(gains) > 1:
+                error = statistics.stdev(gains) / len(gains) ** 0.5
+                mean = statistics.mean(gains)
+                pair = f"{better} − {worse}"
+                name = f"{data}, rescaled" if rescale else data
+                lines.append(f"| {name} | {sparsity:.0%} | {pair} | {mean:+.2f} | {error:.2f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--pairs", action="store_true")
+    args = parser.parse_args(argv)
+    runs = [{"rescale": False} | run for path in args.files for run in records.read(path)]
+    print(accuracy_table(runs))
+    if args.pairs:
+        print(pair_table(runs))
+
+
+if __name__ == "__main__":
+    main()

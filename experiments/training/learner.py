@@ -1,0 +1,233 @@
+"""A network and its optimizer by the name of a method: init, step, prune and predict.
+
+What `experiments.cifar` and `experiments.imagenet` share; pure functions of a `TrainState`, to
+be jitted by the caller as its devices ask for.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import dstee_jax as dstee
+from dstee_jax import soft_threshold
+from dstee_jax.state import find_states
+from experiments.training import sis
+from experiments.training.arguments import choice
+from experiments.training.methods import (
+    DISTRIBUTIONS,
+    METHODS,
+    STRUCTURES,
+    first_masks,
+    model_params,
+    optimizer,
+)
+
+THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
+OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure", "distribution")
+
+
+def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where options do not go with the method."""
+    if args.sparse_allreduce and METHODS[args.method].trains != "masked":
+        parser.error(f"--method {args.method} trains no masks: leave --sparse_allreduce out.")
+    if args.sparse_allreduce and METHODS[args.method].factory is None:
+        parser.error(f"--method {args.method} is not sparse: leave --sparse_allreduce out.")
+
+
+class TrainState(NamedTuple):
+    """All that training changes: what a checkpoint holds."""
+
+    params: Any
+    stats: Any  # running statistics of the batch norms
+    opt_state: Any
+    step: jax.Array  # int32, shape ()
+
+
+def add_method_options(parser: argparse.ArgumentParser) -> None:
+    """The command line's options of the method, the same for every experiment."""
+    add = parser.add_argument
+    add("--method", type=choice([*METHODS]), default="dst_ee", help=", ".join(METHODS))
+    add("--sparsity", type=float, default=0.95, help="in [0, 1); not used by dense")
+    add("--every", type=int, help="steps between mask updates")
+    add("--start", type=float, help="share of training before the first mask update")
+    add("--stop", type=float, help="share of training after which masks stay")
+    add("--drop_fraction", type=float)
+    add("--c", type=float, help="exploration coefficient of dst_ee")
+    add("--eps", type=float)
+    add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
+    add("--distribution", type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
+    add("--rescale", action="store_true", help="sparse-aware initial scale")
+    add(
+        "--sparse_allreduce",
+        action="store_true",
+        help="data-parallel over all devices, with dstee.pmean; batch norm sees a device's part",
+    )
+    add("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
+
+
+class Learner:
+    """A network and an optimizer, and the functions that train and evaluate it."""
+
+    def __init__(
+        self,
+        model: Callable[..., nnx.Module],
+        inner: optax.GradientTransformation,
+        args: argparse.Namespace,
+        *,
+        total_steps: int,
+        seed: int = 0,
+        label_smoothing: float = 0.0,
+        scored: tuple[jax.Array, jax.Array] | None = None,
+        selection: str = "auto",
+    ):
+        """Make the optimizer of `args.method`, with masks where it chooses them now.
+
+        Args:
+          model: makes the network, from `dtype` and `rngs`.
+          inner: the optimizer that the method wraps.
+          args: with the options of `add_method_options`.
+          total_steps: of the training.
+          seed: of the weights and of the masks.
+          label_smoothing: in [0, 1).
+          scored: normalised images and labels for methods that choose masks before training.
+          selection: of `dstee.transform`; 'sharded' for parameters that are sharded.
+        """
+        self.key = jax.random.key(seed)
+        self.trains = METHODS[args.method].trains
+        self.rescale, self.sparsity = args.rescale, args.sparsity
+        self.dtype = jnp.bfloat16 if args.bf16 else jnp.float32
+        self.label_smoothing = label_smoothing
+        self.axis = "data" if args.sparse_allreduce else None
+        self._model = model
+        shapes = nnx.eval_shape(lambda: self._built(training=True))
+        self.train_def = nnx.split(shapes, nnx.Param, nnx.BatchStat)[0]
+        shapes.eval()
+        self.eval_def = nnx.split(shapes, nnx.Param, nnx.BatchStat)[0]
+        self._make = functools.partial(
+            optimizer,
+            args.method,
+            inner,
+            sparsity=args.sparsity,
+            total_steps=total_steps,
+            key=jax.random.fold_in(self.key, 1),
+            selection=selection,
+            indices=args.sparse_allreduce,
+            **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
+        )
+        self.tx = inner if self.trains != "masked" else self._make(masks=self._chosen(args, scored))
+
+    def _built(self, training: bool) -> nnx.Module:
+        model = self._model(dtype=self.dtype, rngs=nnx.Rngs(jax.random.fold_in(self.key, 0)))
+        model.train() if training else model.eval()
+        return model
+
+    def _first(self) -> tuple[Any, Any]:
+        """Parameters and statistics before training."""
+        return nnx.split(self._built(training=True), nnx.Param, nnx.BatchStat)[1:]
+
+    def _chosen(self, args: argparse.Namespace, scored: Any) -> Any:
+        """Masks that the method chooses before training, None where it does not."""
+        if scored is None:
+            return None
+        params, stats = jax.jit(self._first)()
+
+        def network(params, x, training):
+            graph = self.train_def if training else self.eval_def
+            return nnx.merge(graph, params, stats, copy=True)(x).astype(jnp.float32)
+
+        return first_masks(
+            args.method,
+            switched_on(params),
+            (scored[0].astype(self.dtype), scored[1]),
+            args.sparsity,
+            jax.random.fold_in(self.key, 4),
+            network=network,
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step, sparse already."""
+        params, stats = self._first()
+        if self.trains == "thresholds":
+            params = soft_threshold.init(params, start=THRESHOLD_START)
+        opt_state = self.tx.init(params)
+        if find_states(opt_state):
+            masks = dstee.get_state(opt_state).masks
+            params = dstee.rescale(params, masks) if self.rescale else params
+            params = dstee.apply_masks(params, masks)
+        return TrainState(params, stats, opt_state, jnp.zeros((), jnp.int32))
+
+    def _grads(self, state: TrainState, x: jax.Array, y: jax.Array) -> Any:
+        """((loss, statistics), gradient) on normalised images and labels."""
+
+        def loss_fn(params):
+            model = nnx.merge(self.train_def, model_params(params), state.stats, copy=True)
+            logits = model(x).astype(jnp.float32)
+            targets = jax.nn.one_hot(y, logits.shape[-1])
+            targets = optax.smooth_labels(targets, self.label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, targets).mean()
+            return loss, nnx.state(model, nnx.BatchStat)
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(self, state: TrainState, x: jax.Array, y: jax.Array) -> Any:
+        """The dense gradient of the loss on normalised images (n, h, w, 3) and labels (n,)."""
+        return self._grads(state, x, y)[1]
+
+    def step(self, state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
+        """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss."""
+        if self.axis is None:
+            (loss, stats), grads = self._grads(state, x, y)
+        else:  # one device's part of the batch
+            mine = state._replace(params=jax.lax.pcast(state.params, self.axis, to="varying"))
+            (loss, stats), grads = self._grads(mine, x, y)
+            grads = dstee.pmean(grads, state.opt_state, self.axis)
+            loss, stats = jax.lax.pmean((loss, stats), self.axis)
+        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, stats, opt_state, state.step + 1), loss
+
+    def step_on(self, mesh: Mesh) -> Callable[..., tuple[TrainState, jax.Array]]:
+        """`step` over the devices of a mesh: as it is, or with `--sparse_allreduce` mapped."""
+        if self.axis is None:
+            return self.step
+        part = P(self.axis)
+        return jax.shard_map(self.step, mesh=mesh, in_specs=(P(), part, part), out_specs=(P(), P()))
+
+    def hits(self, state: TrainState, x: jax.Array, y: jax.Array) -> jax.Array:
+        """How many of the images (normalised) are classified as their label; int32, shape ()."""
+        model = nnx.merge(self.eval_def, model_params(state.params), state.stats)
+        return jnp.sum(model(x).argmax(-1) == y, dtype=jnp.int32)
+
+    def prune(self, state: TrainState, x: jax.Array) -> TrainState:
+        """SIS: sparsify each layer of the trained network, and keep the masks from here on.
+
+        Args:
+          state: of dense training.
+          x: normalised images that layers are fitted to.
+        """
+        model = nnx.merge(self.eval_def, state.params, state.stats, copy=True)
+        params, masks = sis.sparsify_model(model, x, self.sparsity)
+        self.tx = self._make(masks=masks)
+        opt_state = self.tx.init(params)
+        explored = jax.tree.map(jnp.ones_like, opt_state.counters)  # all weights were active
+        opt_state = opt_state._replace(counters=explored, inner_state=state.opt_state)
+        return state._replace(params=params, opt_state=opt_state)
+
+
+def switched_on(params: Any) -> Any:
+    """A ResNet's blocks start with a scale of zero: with ones, their weights get a score."""
+
+    def on(path, leaf):
+        scale = "scale" in jax.tree_util.keystr(path)
+        return jnp.where((leaf == 0).all(), 1, leaf) if scale else leaf
+
+    return jax.tree_util.tree_map_with_path(on, params)

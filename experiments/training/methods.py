@@ -1,0 +1,158 @@
+"""Methods by the names that the command lines take, and what each needs from a trainer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import dstee_jax as dstee
+from dstee_jax import at_init, methods, soft_threshold, structures
+from dstee_jax.state import find_states
+
+_SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure")
+STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
+
+
+def uniform_first_dense(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
+    """The same sparsity for every layer but the first, which stays dense: it reads 3 channels."""
+    first = {name: 0.0 for name, shape in shapes.items() if len(shape) == 4 and shape[-2] == 3}
+    return dstee.uniform(shapes, sparsity) | first
+
+
+DISTRIBUTIONS = {
+    "erk": dstee.erk,
+    "uniform": dstee.uniform,
+    "uniform_first_dense": uniform_first_dense,
+}
+
+
+class Method(NamedTuple):
+    """How a method by name becomes an optimizer.
+
+    Attributes:
+      factory: from `dstee_jax.methods`, or None for dense training.
+      options: of the command line that the factory takes; others are not passed on.
+      first_masks: from `dstee_jax.at_init`, for methods that choose their masks once.
+      trains: `'masked'`; `'thresholds'`: learned soft thresholds, no masks (STR); `'pruned'`:
+        dense until `experiments.training.sis.PRUNE_AT`, then pruned once and masked (SIS).
+    """
+
+    factory: Callable[..., optax.GradientTransformationExtraArgs] | None
+    options: tuple[str, ...] = ()
+    first_masks: Callable[..., Any] | None = None
+    trains: str = "masked"
+
+
+METHODS = {
+    "dense": Method(None),
+    # one mask, chosen before training
+    "static": Method(methods.static, ("structure",)),
+    "magnitude": Method(methods.static, first_masks=at_init.magnitude),
+    "snip": Method(methods.static, first_masks=at_init.snip),
+    "grasp": Method(methods.static, first_masks=at_init.grasp),
+    "synflow": Method(methods.static, first_masks=at_init.synflow),
+    # from dense to sparse
+    "str": Method(None, trains="thresholds"),
+    "sis": Method(methods.static, trains="pruned"),
+    "gmp": Method(methods.gmp, ("every",)),
+    "admm": Method(methods.admm),
+    "gap": Method(methods.gap),
+    "granet": Method(methods.granet, ("every",)),
+    # sparse from the first step to the last
+    "deep_r": Method(methods.deep_r),
+    "set": Method(methods.set, _SCHEDULE),
+    "set_itop": Method(methods.set_itop, ("every",)),
+    "snfs": Method(methods.snfs, ("every",)),
+    "dsr": Method(methods.dsr, ("every",)),
+    "mest": Method(methods.mest, ("every",)),
+    "mest_ems": Method(methods.mest_ems, ("every",)),
+    "rigl": Method(methods.rigl, _SCHEDULE),
+    "rigl_itop": Method(methods.rigl_itop, ("every",)),
+    "dst_ee": Method(
+        methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init", "regrow")
+    ),
+}
+
+
+def optimizer(
+    method: str,
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: float,
+    total_steps: int,
+    key: jax.Array,
+    masks: Any = None,
+    selection: str = "auto",
+    indices: bool = False,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
+
+    Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
+    are for all. `masks` are those of `first_masks`; `selection` and `indices` are
+    `dstee.transform`'s.
+    """
+    factory, names, *_ = METHODS[method]
+    if factory is None:
+        return inner
+    names = (*names, "distribution", "where", "stack_axes")
+    options = {name: value for name, value in options.items() if name in names}
+    for name, named in (("structure", STRUCTURES), ("distribution", DISTRIBUTIONS)):
+        if options.get(name):
+            options[name] = named[options[name]]
+    if masks is None:
+        options["sparsity"] = sparsity
+    options |= {"masks": masks, "selection": selection, "indices": indices}
+    return factory(inner, total_steps=total_steps, key=key, **options)
+
+
+def model_params(params: Any) -> Any:
+    """The parameters that the network sees: those behind thresholds, or `params` itself."""
+    behind = isinstance(params, soft_threshold.Thresholded)
+    return soft_threshold.apply(params) if behind else params
+
+
+def measures(params: Any, opt_state: Any) -> tuple[jax.Array, jax.Array]:
+    """Density and exploration degree R; 1 for dense training, R 1 for thresholds."""
+    one = jnp.ones((), jnp.float32)
+    if isinstance(params, soft_threshold.Thresholded):
+        return soft_threshold.density(params), one
+    if not find_states(opt_state):
+        return one, one
+    return dstee.density(opt_state), dstee.exploration_degree(opt_state)
+
+
+def first_masks(
+    method: str,
+    params: Any,
+    batch: tuple[jax.Array, jax.Array],
+    sparsity: float,
+    key: jax.Array,
+    *,
+    network: Callable[[Any, jax.Array, bool], jax.Array],
+) -> Any:
+    """The masks of a method that chooses them before training, None for the others.
+
+    Args:
+      method: its name.
+      params: parameters.
+      batch: images and labels.
+      sparsity: in [0, 1).
+      key: PRNG key.
+      network: `(params, images, training) -> logits`.
+    """
+    score = METHODS[method].first_masks
+    if score is None:
+        return None
+    temperature = 200.0 if method == "grasp" else 1.0
+
+    def loss(params, batch):
+        images, labels = batch
+        logits = network(params, images, True) / temperature
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    if method == "synflow":
+        return score(lambda p, x: network(p, x, False), params, batch[0][:1], sparsity, key)
+    return score(loss, params, batch, sparsity, key)
