@@ -11,6 +11,7 @@ from dstee_jax import (
     scores,
     soft_threshold,
     structures,
+    trees,
 )
 from dstee_jax.devices.allreduce import pmean, replicas_agree
 from dstee_jax.devices.shardings import blocks_of, state_shardings
@@ -30,7 +31,7 @@ from dstee_jax.measure.metrics import (
 )
 from dstee_jax.rules.schedule import mask_steps
 from dstee_jax.selection.drop_and_grow import drop_and_grow
-from dstee_jax.state import Leaf, SparseState, get_state, seed_axes
+from dstee_jax.state import Leaf, SparseState, get_state, get_states, seed_axes
 from dstee_jax.transform import transform
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "exploration_degree",
     "flops",
     "get_state",
+    "get_states",
     "inclusion",
     "init_masks",
     "kernels",
@@ -71,5 +73,6 @@ __all__ = [
     "summary",
     "training_flops",
     "transform",
+    "trees",
     "uniform",
 ]

@@ -67,11 +67,15 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def find_states(opt_state: PyTree) -> list[SparseState]:
-    """All `SparseState`s inside an optimizer state, in order."""
+def get_states(opt_state: PyTree) -> list[SparseState]:
+    """All `SparseState`s inside an optimizer state, in order; none for a dense optimizer's.
+
+    Args:
+      opt_state: as for `get_state`.
+    """
     is_state = lambda node: isinstance(node, SparseState)  # noqa: E731
     nodes = jax.tree.leaves(opt_state, is_leaf=is_state)
-    return [node for node in nodes if is_state(node)]
+    return [unwrap(node) for node in nodes if is_state(node)]
 
 
 def get_state(opt_state: PyTree) -> SparseState:
@@ -95,13 +99,13 @@ def get_state(opt_state: PyTree) -> SparseState:
       >>> int(state.masks["kernel"].sum())
       8
     """
-    states = find_states(opt_state)
+    states = get_states(opt_state)
     if len(states) != 1:
         raise ValueError(
             f"opt_state holds {len(states)} SparseStates, expected exactly 1: pass the state "
             "that the init of an optimizer with one dstee.transform() in it returned."
         )
-    return unwrap(states[0])
+    return states[0]
 
 
 def seed_axes(opt_state: PyTree) -> PyTree:

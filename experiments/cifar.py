@@ -24,7 +24,6 @@ from jax.sharding import AxisType
 from rich.console import Console
 
 import dstee_jax as dstee
-from dstee_jax.state import find_states
 from experiments.data import cifar as data
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, choice
@@ -192,7 +191,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
             events.add(epoch + 1, **{name: row[name] for name in ("loss", "accuracy", "R")})
             store.save(epoch + 1, state, history)
 
-    if find_states(state.opt_state):
+    if dstee.get_states(state.opt_state):
         print_(dstee.summary(state.opt_state))
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
     options = (*OPTIONS, "rescale", "sparse_allreduce")

@@ -28,7 +28,6 @@ import optax
 from rich.console import Console
 
 import dstee_jax as dstee
-from dstee_jax.state import find_states
 from experiments.data import graphs, walks
 from experiments.training import records
 from experiments.training.arguments import Parser, choice
@@ -108,7 +107,7 @@ def train(
     )
     params = init_params(jax.random.fold_in(key, 0))
     state = tx.init(params)
-    params = dstee.apply_masks(params, state) if find_states(state) else params
+    params = dstee.apply_masks(params, state) if dstee.get_states(state) else params
     embeddings = jnp.asarray(embeddings)
     pairs = jnp.asarray(split.train)
     labels = jnp.arange(len(pairs)) < len(pairs) // 2
@@ -135,7 +134,7 @@ def train(
     for _ in range(epochs):
         order = rng.permutation(len(pairs))[: steps * batch].reshape(steps, batch)
         params, state = epoch_of(params, state, order)
-        density = float(dstee.density(state)) if find_states(state) else 1.0
+        density = float(dstee.density(state)) if dstee.get_states(state) else 1.0
         found = float(accuracy(params, split.validation))
         # A network counts once it is as sparse as asked for.
         if density <= 1 - sparsity + 0.01 and (best is None or found > best[0]):

@@ -36,7 +36,6 @@ from flax import nnx
 from rich.console import Console
 
 import dstee_jax as dstee
-from dstee_jax.state import find_states
 from experiments.data import text as texts
 from experiments.training import records
 from experiments.training.arguments import Parser
@@ -152,7 +151,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         **options,
     )
     opt_state = jax.jit(tx.init)(params)
-    if find_states(opt_state):
+    if dstee.get_states(opt_state):
         masks = dstee.get_state(opt_state).masks
         params = dstee.rescale(params, masks) if args.rescale else params
         params = dstee.apply_masks(params, masks)
@@ -194,7 +193,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
             )
     test = evaluate(params, text.test)
     print_(f"test perplexity {test:.3f}")
-    if find_states(opt_state):
+    if dstee.get_states(opt_state):
         print_(dstee.summary(opt_state))
     named = ("method", "sparsity", "steps", "batch", "length", "layers", "width", "heads")
     named += ("learning_rate", "weight_decay", "rescale", "bf16")

@@ -25,7 +25,6 @@ from sklearn.model_selection import train_test_split
 
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
-from dstee_jax.state import find_states
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, at_least_one, choice
 from experiments.training.methods import METHODS, first_masks, measures, model_params, optimizer
@@ -120,7 +119,7 @@ def train(
 
     def tx_of(key, opt_state):
         """The optimizer whose state this is: its masks are given where they were chosen."""
-        if not find_states(opt_state):
+        if not dstee.get_states(opt_state):
             return inner
         given = METHODS[method].first_masks or trains == "pruned"
         return make(key, dstee.get_state(opt_state).masks if given else None)
@@ -196,7 +195,7 @@ def train(
 
 def _first_mask(opt_state: Any) -> np.ndarray:
     """The first layer's mask of the first seed, ones without masks."""
-    states = find_states(opt_state)
+    states = dstee.get_states(opt_state)
     return np.asarray(states[0].masks["layer_0"]["kernel"][0]) if states else np.ones(WIDTHS[:2])
 
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from dstee_jax.engine.packed import put, take
 from dstee_jax.selection.bisection import INDEX, linear_index
-from dstee_jax.state import find_states
+from dstee_jax.state import get_states
 from dstee_jax.trees import PyTree, is_dense, mask_leaves
 
 
@@ -48,7 +48,7 @@ def pmean(
     Raises:
       ValueError: `opt_state` has no indices, or the gradients have been summed already.
     """
-    states = find_states(opt_state)
+    states = get_states(opt_state)
     if not states or any(type(s.indices) is tuple and not s.indices for s in states):
         raise ValueError(
             f"opt_state has {len(states)} SparseStates, and pmean needs at least one, with "
@@ -91,7 +91,7 @@ def replicas_agree(opt_state: PyTree, axis_name: Any) -> jax.Array:
       opt_state: an optimizer's state, inside `shard_map` or `pmap`.
       axis_name: of the mesh axis, or a tuple of them.
     """
-    arrays = [x for s in find_states(opt_state) for x in jax.tree.leaves((s.masks, s.counters))]
+    arrays = [x for s in get_states(opt_state) for x in jax.tree.leaves((s.masks, s.counters))]
     sums = jnp.stack([_fingerprint(x) for x in arrays])
     return jnp.all(lax.pmax(sums, axis_name) == lax.pmin(sums, axis_name))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from dstee_jax.rules.structures import Structure
 from dstee_jax.selection.parts import sharding_of
-from dstee_jax.state import find_states
+from dstee_jax.state import get_states
 from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
 
@@ -79,7 +79,7 @@ def lay(mask: Any, like: Any) -> jax.Array:
 
 def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
     """The masks of an optimizer state (one tree a `SparseState`), or `masks` itself; checked."""
-    trees = [state.masks for state in find_states(masks)] or [masks]
+    trees = [state.masks for state in get_states(masks)] or [masks]
     for tree in trees:
         check_masks(tree, params)
     return trees

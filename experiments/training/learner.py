@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
-from dstee_jax.state import find_states
 from experiments.training import sis
 from experiments.training.arguments import choice
 from experiments.training.methods import (
@@ -158,7 +157,7 @@ class Learner:
         if self.trains == "thresholds":
             params = soft_threshold.init(params, start=THRESHOLD_START)
         opt_state = self.tx.init(params)
-        if find_states(opt_state):
+        if dstee.get_states(opt_state):
             masks = dstee.get_state(opt_state).masks
             params = dstee.rescale(params, masks) if self.rescale else params
             params = dstee.apply_masks(params, masks)

@@ -9,7 +9,6 @@ import optax
 
 import dstee_jax as dstee
 from dstee_jax import at_init, methods, soft_threshold, structures
-from dstee_jax.state import find_states
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure")
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
@@ -119,7 +118,7 @@ def measures(params: Any, opt_state: Any) -> tuple[jax.Array, jax.Array]:
     one = jnp.ones((), jnp.float32)
     if isinstance(params, soft_threshold.Thresholded):
         return soft_threshold.density(params), one
-    if not find_states(opt_state):
+    if not dstee.get_states(opt_state):
         return one, one
     return dstee.density(opt_state), dstee.exploration_degree(opt_state)
 
