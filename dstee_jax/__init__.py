@@ -17,6 +17,7 @@ from dstee_jax.devices.allreduce import pmean, replicas_agree
 from dstee_jax.devices.shardings import blocks_of, state_shardings
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.engine.apply import apply
+from dstee_jax.engine.moments import unmatched_state
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.rescale import rescale
@@ -75,4 +76,5 @@ __all__ = [
     "transform",
     "trees",
     "uniform",
+    "unmatched_state",
 ]

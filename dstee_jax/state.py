@@ -17,7 +17,7 @@ class SparseState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # int32, shape (): how many times update was called
-    key: jax.Array  # typed PRNG key, shape (): folded with count, never split
+    key: jax.Array  # uint32: data of a PRNG key, which is folded with count and never split
     masks: PyTree  # bool, shape of the parameter: True where a weight is active
     counters: PyTree  # uint16, shape of the parameter: rounds a weight was active, saturating
     rule_state: PyTree  # (), or the RuleState of a method that keeps something of its own
@@ -160,9 +160,15 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key={key!r} is not one PRNG key: pass jax.random.key(0).")
 
 
-def copy_key(key: jax.Array) -> jax.Array:
-    """A typed key in a buffer of its own, so that donating the state can't eat the caller's."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.array(key, copy=True))
-    data = jnp.array(jax.random.key_data(key), copy=True)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+def key_data(key: jax.Array) -> jax.Array:
+    """A copy of a PRNG key's data, uint32: donating the state can't eat the caller's key."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jnp.array(jax.random.key_data(key) if typed else key, copy=True)
+
+
+def wrap_key(data: jax.Array, like: jax.Array) -> jax.Array:
+    """A typed key from its data, of the implementation of another; a typed one as it is."""
+    if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
+        return data  # of a checkpoint from before 0.2
+    typed = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like) if typed else None)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.engine.config import Sparse
-from dstee_jax.engine.round import Rule
+from dstee_jax.engine.checks import check_restart
+from dstee_jax.engine.config import Config
+from dstee_jax.engine.rule import Rule
 from dstee_jax.engine.update import update
 from dstee_jax.masks import distributions, given
 from dstee_jax.masks.counts import Blocks, Sparsity, StackAxes, Where
@@ -152,7 +153,7 @@ def transform(
       20
 
     References:
-      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
+      Huang et al., "Dynamic Config Training via More Exploration", 2022, Algorithm 1.
 
     Deviations:
       Where the text and Algorithm 1 differ, the default is: counters start at the first mask
@@ -211,7 +212,7 @@ def transform(
             f"grow_batches={grow_batches} is more than the {rounds.shortest} steps between "
             "rounds: lower it, or raise every."
         )
-    sparse = Sparse(
+    config = Config(
         inner=None if inner is None else optax.with_extra_args_support(inner),
         rule=rule,
         rounds=rounds,
@@ -231,7 +232,9 @@ def transform(
         counter_init=counter_init,
         counter_dtype=counter_dtype,
     )
-    return optax.GradientTransformationExtraArgs(sparse.init, functools.partial(update, sparse))
+    if inner is not None and every is not None:
+        check_restart(inner)
+    return optax.GradientTransformationExtraArgs(config.init, functools.partial(update, config))
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

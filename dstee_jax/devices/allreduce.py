@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dstee_jax.engine.packed import put, take
+from dstee_jax.engine.packing import put, take
 from dstee_jax.selection.bisection import INDEX, linear_index
 from dstee_jax.state import get_states
 from dstee_jax.trees import PyTree, is_dense, mask_leaves

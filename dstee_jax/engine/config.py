@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dstee_jax.engine import packed
-from dstee_jax.engine.round import Rule
+from dstee_jax.engine import packing
+from dstee_jax.engine.checks import check_matching
+from dstee_jax.engine.rule import Rule
 from dstee_jax.masks import given
 from dstee_jax.masks.counts import (
     Blocks,
-    Facts,
     Layout,
+    LeafSpec,
     Sparsity,
     StackAxes,
     Where,
@@ -27,12 +28,12 @@ from dstee_jax.masks.random import masks_of_counts
 from dstee_jax.rules.memory import Memory, first_rule_state
 from dstee_jax.rules.schedule import Rounds
 from dstee_jax.rules.scores import Score
-from dstee_jax.state import SparseState, copy_key
-from dstee_jax.trees import PyTree, is_dense, mask_leaves
+from dstee_jax.state import SparseState, key_data
+from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked
 
 
 @dataclasses.dataclass(frozen=True)
-class Sparse:
+class Config:
     """What `transform` was asked for, checked."""
 
     inner: optax.GradientTransformationExtraArgs | None
@@ -72,20 +73,29 @@ class Sparse:
 
             targets = spread(self.sparsity)
             starts = plan.first_counts(params, targets, spread)
-        facts: list[Facts | None] = [
-            None if target is None else Facts(target, start, layout.grid(i), layout.stacks[i])
+        specs: list[LeafSpec | None] = [
+            None if target is None else LeafSpec(target, start, layout.grid(i), layout.stacks[i])
             for i, (target, start) in enumerate(zip(targets, starts, strict=True))
         ]
-        check_parts(layout, facts, plan.exchanges, self.rule.structure, self.indices)
-        return layout, facts
+        check_parts(layout, specs, plan.exchanges, self.rule.structure, self.indices)
+        return layout, specs
 
-    def full(self, params: PyTree, facts: list[Facts | None]) -> list[bool]:
+    def full(self, params: PyTree, specs: list[LeafSpec | None]) -> list[bool]:
         """Whether a leaf's mask is all ones for ever: then it costs nothing, as a dense leaf."""
         sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(params)]
         return [
-            self.rule.plan.exchanges and fact is not None and total(fact.target) == size
-            for fact, size in zip(facts, sizes, strict=True)
+            self.rule.plan.exchanges and spec is not None and total(spec.target) == size
+            for spec, size in zip(specs, sizes, strict=True)
         ]
+
+    def moves(self, specs: list[LeafSpec | None], masks: list[Any]) -> bool:
+        """Whether any step can be a mask step."""
+        sparse = [i for i, mask in enumerate(masks) if not is_dense(mask)]
+        # Masks of unknown counts are traced ones, which never change.
+        known = [(spec, masks[i].size) for i in sparse if (spec := specs[i]) is not None]
+        movable = any(0 < total(spec.target) < size for spec, size in known)
+        drops = self.rounds.highest > 0 or not self.rule.plan.exchanges
+        return len(known) == len(sparse) and movable and bool(self.rounds.every) and drops
 
     def needs_dense(self, count: jax.Array) -> jax.Array:
         """Whether update number `count` reads the gradient of inactive weights; bool, ()."""
@@ -99,19 +109,24 @@ class Sparse:
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
             first = counters = params
         else:
-            layout, facts = self.layout(params)
-            first = self._first_masks(params, layout, facts)
+            layout, specs = self.layout(params)
+            first = self._first_masks(params, layout, specs)
             begin = jnp.array if self.counter_init == "masks" else jnp.zeros_like
             counters = jax.tree.map(lambda m: begin(m, self.counter_dtype), first)
+            leaves = zip(mask_leaves(first, params), jax.tree.leaves(params), strict=True)
+            masked_leaves = [masked(mask, jnp.asarray(leaf)) for mask, leaf in leaves]
+            seen = jax.tree.unflatten(jax.tree.structure(params), masked_leaves)
             if self.indices:
-                where_active = self._first_indices(params, first, facts)
+                where_active = self._first_indices(params, first, specs)
             if self.packed:
-                seen = packed.pack(params, where_active)
-                packed.check_state(self.inner, params, seen)
+                seen = packing.pack(seen, where_active)
+                packing.check_state(self.inner, params, seen)
+            elif self.inner is not None and self.moves(specs, mask_leaves(first, params)):
+                check_matching(self.inner, params)
         plan_state = self.rule.plan.init()
         return SparseState(
             count=jnp.zeros((), jnp.int32),
-            key=copy_key(self.key),
+            key=key_data(self.key),
             masks=first,
             counters=counters,
             rule_state=first_rule_state(
@@ -122,9 +137,9 @@ class Sparse:
             indices=where_active if self.indices else (),
         )
 
-    def _first_masks(self, params: PyTree, layout: Layout, facts: list[Facts | None]) -> PyTree:
+    def _first_masks(self, params: PyTree, layout: Layout, specs: list[LeafSpec | None]) -> PyTree:
         if self.masks is None:
-            starts = [None if fact is None else fact.start for fact in facts]
+            starts = [None if spec is None else spec.start for spec in specs]
             return masks_of_counts(params, starts, self.key, self.rule.structure, layout)
         if self.rule.structure is not None:
             for (path, _), mask, axes in zip(
@@ -135,19 +150,19 @@ class Sparse:
         rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
         return jax.tree.unflatten(treedef, [m if is_dense(m) else given.lay(m, x) for m, x in rows])
 
-    def _first_indices(self, params: PyTree, masks: PyTree, facts: list[Facts | None]) -> PyTree:
-        rows = zip(mask_leaves(masks, params), facts, self.full(params, facts), strict=True)
+    def _first_indices(self, params: PyTree, masks: PyTree, specs: list[LeafSpec | None]) -> PyTree:
+        rows = zip(mask_leaves(masks, params), specs, self.full(params, specs), strict=True)
         found = [
-            optax.MaskedNode() if is_dense(mask) or full else _positions(mask, fact)
-            for mask, fact, full in rows
+            optax.MaskedNode() if is_dense(mask) or full else _positions(mask, spec)
+            for mask, spec, full in rows
         ]
         return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
-def _positions(mask: jax.Array, fact: Facts | None) -> jax.Array:
-    if fact is None:
+def _positions(mask: jax.Array, spec: LeafSpec | None) -> jax.Array:
+    if spec is None:
         raise ValueError(
             "packed=True and indices=True need the counts of active weights when the step is "
             "compiled, and masks= is traced: make the masks outside jit and vmap."
         )
-    return packed.positions(mask, int(np.max(fact.target)), fact.grid)
+    return packing.positions(mask, int(np.max(spec.target)), spec.grid)

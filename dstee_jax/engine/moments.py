@@ -1,66 +1,176 @@
-"""What an inner optimizer keeps of inactive weights: its initial value, whatever the optimizer.
+"""What an inner optimizer keeps: which arrays belong to which parameter, and what a mask step does.
 
-A leaf of the inner state belongs to a parameter if it has the parameter's shape and its key
-path ends in the parameter's key path (the longest one wins). This needs no list of optimizer
-states: it holds for momentum, Adam's moments, Muon's partition, schedule-free's z, ...
-Statistics of another shape (Adafactor's row and column means) have no entry per weight.
+Nothing here knows an optimizer. Which leaf of the inner state has one value for each weight of a
+parameter is asked of `inner.init` by shapes: where the parameter's shape changes, the leaf's does.
 """
 
-from collections.abc import Callable
-from typing import Any
+import collections
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_parts
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
+
+Shape = tuple[int, ...]
+# A parameter's index; 'all' for one vector of all parameters in a row; None for neither.
+Owner = int | Literal["all"] | None
 
 
-def owners(state: PyTree, params: PyTree) -> list[int | None]:
-    """For each leaf of an optimizer state: the index of the parameter it belongs to, or None.
+def owners(inner: optax.GradientTransformation, params: PyTree) -> list[Owner]:
+    """For each leaf of `inner.init(params)`: which parameter it has one value for each weight of.
 
     Args:
-      state: an optax state (arrays or shapes).
-      params: the parameters it was made for.
+      inner: the optimizer.
+      params: arrays or shapes.
     """
-    leaves = _arrays(params)
-    index = {path_parts(path): i for i, (path, _) in enumerate(leaves)}
-
-    def owner(path: Any, leaf: Any) -> int | None:
-        for start in range(len(path) + 1):
-            i = index.get(path_parts(path)[start:])
-            if i is not None and _alike(leaves[i][1], leaf):
-                return i
-        return None
-
-    return [owner(path, leaf) for path, leaf in _arrays(state)]
-
-
-def _arrays(tree: PyTree) -> list[tuple[Any, Any]]:
-    return [(path, leaf) for path, leaf in leaves_with_path(tree) if not is_dense(leaf)]
-
-
-def _alike(param: Any, leaf: Any) -> bool:
-    """Equal shapes, and both numbers with a fraction or neither (a step count is no moment)."""
-    inexact = [jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (param, leaf)]
-    return jnp.shape(param) == jnp.shape(leaf) and inexact[0] == inexact[1]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    kept = _leaves(inner, params, shapes)
+    found: list[Owner] = [None] * len(kept)
+    for probe in _probes(shapes):
+        seen = _leaves(inner, params, probe)
+        if len(seen) != len(kept):
+            continue  # an optimizer that treats leaves by their size
+        places = {pair: i for i, pair in enumerate(zip(shapes, probe, strict=True))}
+        flat = ((_total(shapes),), (_total(probe),))
+        for j, (leaf, changed) in enumerate(zip(kept, seen, strict=True)):
+            pair = (leaf.shape, changed.shape)
+            if found[j] is None and leaf.ndim and is_float(leaf):
+                found[j] = places.get(pair, "all" if pair == flat else None)
+    return found
 
 
-def merge(
-    new: PyTree, old: PyTree, initial: PyTree, params: PyTree, pick: Callable[..., jax.Array]
+def memories(inner: optax.GradientTransformation, params: PyTree) -> list[str]:
+    """Names of leaves of the inner state that keep several values for each weight of a parameter.
+
+    Floating leaves with more axes before the parameter's own, as the memories of `optax.lbfgs`.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    probe = _probes(shapes)[0]
+    pairs = {(a, b) for a, b in zip(shapes, probe, strict=True) if a}
+    kept, seen = _leaves(inner, params, shapes), _leaves(inner, params, probe)
+    if len(kept) != len(seen):
+        return []
+
+    def several(leaf: Any, changed: Any) -> bool:
+        below = [(leaf.shape[i:], changed.shape[i:]) for i in range(1, leaf.ndim)]
+        return is_float(leaf) and any(pair in pairs for pair in below)
+
+    rows = zip(_names(inner, params), kept, seen, owners(inner, params), strict=True)
+    return [name for name, *leaf, owner in rows if owner is None and several(*leaf)]
+
+
+def unmatched_state(inner: optax.GradientTransformation, params: PyTree) -> list[str]:
+    """Names of arrays in an optimizer's state that have no entry for each weight of a parameter.
+
+    Floating arrays of more than one entry whose shape follows the parameters', as the row and
+    column means of `optax.adafactor`. A mask step leaves them as they are; all others, of a
+    weight that it drops or grows, start again as `inner.init` has them. `dstee.transform` warns
+    of what this returns.
+
+    Args:
+      inner: the optimizer, as given to `dstee.transform`.
+      params: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      Paths through the state of `inner`, in its order.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> unmatched_state(optax.adam(0.1), {"kernel": jnp.ones((256, 128))})
+      []
+      >>> unmatched_state(optax.adafactor(0.1), {"kernel": jnp.ones((256, 128))})
+      ['0/0/v_row/kernel', '0/0/v_col/kernel']
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+    kept = _leaves(inner, params, shapes)
+    probes = [_leaves(inner, params, probe) for probe in _probes(shapes)]
+
+    def follows(j: int) -> bool:
+        return any(len(p) != len(kept) or p[j].shape != kept[j].shape for p in probes)
+
+    rows = zip(_names(inner, params), kept, owners(inner, params), strict=True)
+    return [
+        name
+        for j, (name, leaf, owner) in enumerate(rows)
+        if owner is None and leaf.size > 1 and is_float(leaf) and follows(j)
+    ]
+
+
+def restarted(
+    inner: optax.GradientTransformation, state: PyTree, params: PyTree, changed: Sequence[Any]
 ) -> PyTree:
-    """Put an inner state together, leaf by leaf.
+    """The inner state with what it keeps of some weights as `inner.init` has it.
 
     Args:
-      new: the state that `inner.update` returned; leaves that belong to no parameter (step
-        counts, schedules' steps, keys) are taken from here.
-      old: the state before it.
-      initial: `inner.init(params)`.
-      params: the parameters.
-      pick: `pick(i, new, old, initial)`, the array for a leaf of the i-th parameter.
+      inner: the optimizer.
+      state: its state.
+      params: what the initial values are made for.
+      changed: for each parameter a bool array, True where the state starts again, or a
+        `MaskedNode`.
     """
-    leaves, treedef = jax.tree.flatten(new)
-    rows = zip(
-        owners(new, params), leaves, jax.tree.leaves(old), jax.tree.leaves(initial), strict=True
-    )
-    merged = [n if i is None else pick(i, n, o, z) for i, n, o, z in rows]
-    return jax.tree.unflatten(treedef, merged)
+    leaves, treedef = jax.tree.flatten(state)
+
+    def one(owner: Owner, leaf: jax.Array, initial: jax.Array) -> jax.Array:
+        if owner == "all":
+            pairs = zip(changed, jax.tree.leaves(params), strict=True)
+            rows = [jnp.zeros(jnp.size(p), bool) if is_dense(c) else c.ravel() for c, p in pairs]
+            return jnp.where(jnp.concatenate(rows), initial, leaf)
+        if owner is None or is_dense(changed[owner]):
+            return leaf
+        return jnp.where(changed[owner], initial.astype(leaf.dtype), leaf)
+
+    rows = zip(owners(inner, params), leaves, jax.tree.leaves(inner.init(params)), strict=True)
+    return jax.tree.unflatten(treedef, [one(*row) for row in rows])
+
+
+def _leaves(
+    inner: optax.GradientTransformation, params: PyTree, shapes: Sequence[Shape]
+) -> list[jax.ShapeDtypeStruct]:
+    """The leaves of the inner state if the parameters had these shapes."""
+    leaves, treedef = jax.tree.flatten(params)
+    pairs = zip(leaves, shapes, strict=True)
+    structs = [jax.ShapeDtypeStruct(shape, jnp.result_type(x)) for x, shape in pairs]
+    return jax.tree.leaves(jax.eval_shape(inner.init, jax.tree.unflatten(treedef, structs)))
+
+
+def _names(inner: optax.GradientTransformation, params: PyTree) -> list[str]:
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
+    pairs = leaves_with_path(jax.eval_shape(inner.init, structs))
+    return [path_name(path) for path, leaf in pairs if not is_dense(leaf)]
+
+
+def _probes(shapes: Sequence[Shape]) -> list[list[Shape]]:
+    """Shapes with the longest axis of each changed, of equal shapes each by another number.
+
+    Once shorter and once longer: an optimizer may treat leaves of some sizes in another way.
+    """
+    return [_changed(shapes, -1), _changed(shapes, 1)]
+
+
+def _changed(shapes: Sequence[Shape], sign: int) -> list[Shape]:
+    found: list[Shape] = []
+    alike: collections.Counter[Shape] = collections.Counter()
+    for shape in shapes:
+        alike[shape] += 1
+        by = alike[shape]
+        axis = max(range(len(shape)), key=lambda i: shape[i], default=None)
+        if axis is None:
+            found.append(shape)
+            continue
+        size = shape[axis] + sign * by
+        size = size if size > 0 else shape[axis] + by
+        found.append((*shape[:axis], size, *shape[axis + 1 :]))
+    return found
+
+
+def _total(shapes: Sequence[Shape]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def is_float(leaf: Any) -> bool:
+    """Whether an array of an optimizer's state has fractions: no count, no key."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)

@@ -1,163 +1,87 @@
-"""Packed leaves: the active weights alone, in row-major order, part by part.
+"""A step of packed leaves: the inner optimizer sees, and keeps moments of, the active weights.
 
-`indices` of a leaf has shape (*grid, n): where the n active weights of each part are, counted in
-row-major order within the part. A packed array has shape (*grid[:-1], grid[-1] * n): as many
-axes as the leaf, so that it lies on devices by the leaf's own PartitionSpec, and rules that look
-at the number of axes (weight decay for matrices only) still hold.
+On ordinary steps only the active entries of the parameters are read and written, in place.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from dstee_jax.engine import rows
+from dstee_jax.engine.hold import update_or_hold
+from dstee_jax.engine.inputs import Carry, StepInputs
 from dstee_jax.engine.moments import owners
-from dstee_jax.selection.parts import Grid, flatten, is_sharded, sharding_of, unflatten
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.engine.packing import add, ranks, reorder, spread, take, take_each, zeros
+from dstee_jax.engine.round import run_round
+from dstee_jax.engine.whole import emit, stepped, stopped
+from dstee_jax.trees import is_dense, masked
 
 
-def positions(mask: jax.Array, count: int, grid: Grid) -> jax.Array:
-    """Where a mask with `count` True in each part is True: uint32, shape (*grid, count)."""
+def ordinary_step(inputs: StepInputs, now: Carry, hold: jax.Array | bool) -> Carry:
+    """The inner optimizer's step on the active weights; arguments as for `whole`'s."""
+    assert inputs.config.inner is not None
+    at = now.params or inputs.weights
+    grads, seen = (take_each(x, now.indices) for x in (inputs.outgoing, at))
+    trees = inputs.tree(grads), now.inner_state, inputs.tree(seen)
+    updates, state = update_or_hold(inputs.config.inner, *trees, inputs.extra, hold)
+    updates = [stopped(u, hold) for u in updates]
 
-    def of_part(row: jax.Array) -> jax.Array:
-        return rows.positions(row, count)
+    def leaf(i: int) -> jax.Array:
+        weight, where, update = at[i], now.indices[i], updates[i]
+        if is_dense(where):  # all weights are active, unless the state is another optimizer's
+            mask = now.stays[i] if now.stays else now.masks[i]
+            return stepped(mask, weight, update, inputs.as_params)
+        if inputs.as_params:
+            return add(weight, where, update)
+        return spread(weight, where, emit(now.stays[i], update, seen[i]) if now.stays else update)
 
-    return _each_part(of_part, flatten(mask, grid)).reshape(*grid, count)
+    out = [leaf(i) for i in range(len(at))]
+    return now._replace(**{"params" if inputs.as_params else "updates": out}, inner_state=state)
 
 
-def new_indices(masks: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
-    """Where the active weights of new masks are, for the leaves that have indices."""
-    pairs = zip(masks, indices, strict=True)
+def exchange(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
+    """A round: new masks and indices; what grows starts at zero, with new moments."""
+    after = run_round(inputs, due, now)
+    stays = [
+        old if is_dense(old) else old & new for old, new in zip(now.masks, after.masks, strict=True)
+    ]
+    if inputs.as_params:
+        after = after._replace(params=list(map(masked, stays, now.params)))
+    elif now.updates:
+        after = after._replace(updates=list(map(emit, stays, now.updates, inputs.weights)))
+    else:
+        after = after._replace(stays=take_each(stays, after.indices))
+    return after._replace(inner_state=_moved(inputs, now, after))
+
+
+def first_stays(now: Carry) -> list[Any]:
+    """Which weights have been active before the step and stay so; of packed leaves, packed."""
+    pairs = zip(now.masks, now.indices, strict=True)
     return [
-        where if is_dense(where) else positions(mask, where.shape[-1], where.shape[:-1])
-        for mask, where in pairs
+        mask if is_dense(where) else jnp.ones_like(zeros(where, jnp.bool_)) for mask, where in pairs
     ]
 
 
-def ranks(mask: jax.Array, indices: jax.Array) -> jax.Array:
-    """How many True a mask has in the part before each of `indices`: uint32, their shape."""
-    *grid, _ = indices.shape
-    found = _each_part(rows.rank, flatten(mask, tuple(grid)), _parts(indices))
-    return found.reshape(indices.shape)
+def _moved(inputs: StepInputs, now: Carry, after: Carry) -> Any:
+    """The inner state after a round.
 
-
-def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """The entries of a leaf at `indices`, packed."""
-    *grid, _ = indices.shape
-    found = _each_part(rows.take, flatten(x, tuple(grid)), _parts(indices))
-    return _merge(found.reshape(indices.shape))
-
-
-def put(base: jax.Array, indices: jax.Array, packed: jax.Array) -> jax.Array:
-    """A leaf with the packed values at `indices`, and `base` elsewhere."""
-    *grid, _ = indices.shape
-    values = _parts(_reshape_like(packed, indices))
-    new = _each_part(rows.put, flatten(base, tuple(grid)), _parts(indices), values)
-    return unflatten(new, base.shape, tuple(grid))
-
-
-def reorder(packed: jax.Array, ranks: jax.Array) -> jax.Array:
-    """In each part, the packed values of those ranks."""
-    values = _parts(_reshape_like(packed, ranks))
-    return _merge(_each_part(rows.take_any, values, _parts(ranks)).reshape(ranks.shape))
-
-
-def zeros(indices: jax.Array, dtype: Any) -> jax.Array:
-    """A packed leaf of zeros."""
-    return jnp.zeros_like(_merge(indices), dtype)
-
-
-def pack(tree: PyTree, indices: PyTree) -> PyTree:
-    """A tree like the parameters with its leaves packed, where `indices` has some."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, take_each(leaves, mask_leaves(indices, tree)))
-
-
-def take_each(leaves: Sequence[jax.Array], indices: Sequence[Any]) -> list[jax.Array]:
-    """Leaves packed, those without indices (`MaskedNode`) as they are."""
-    pairs = zip(leaves, indices, strict=True)
-    return [x if is_dense(where) else take(x, where) for x, where in pairs]
-
-
-def add(weight: jax.Array, indices: Any, update: jax.Array) -> jax.Array:
-    """weight + update of a leaf, where the update may be packed."""
-    if is_dense(indices):
-        return optax.apply_updates(weight, update)
-    new = take(weight, indices) + update
-    return put(weight, indices, new.astype(weight.dtype))
-
-
-def spread(weight: jax.Array, indices: Any, update: jax.Array) -> jax.Array:
-    """An update of the whole leaf: -weight where a packed one has nothing."""
-    if is_dense(indices):
-        return update
-    update = exact(update, weight)
-    return put(-weight.astype(update.dtype), indices, update)
-
-
-def exact(update: jax.Array, weight: jax.Array) -> jax.Array:
-    """The update in a type in which -weight cancels the weight."""
-    return update.astype(jnp.promote_types(update.dtype, weight.dtype))
-
-
-def packed_shape(indices: jax.Array) -> tuple[int, ...]:
-    """The shape of packed arrays with these indices (an array or its shape)."""
-    *grid, n = indices.shape
-    return (*grid[:-1], grid[-1] * n)
-
-
-def _merge(x: jax.Array) -> jax.Array:
-    """The last two axes as one: by part, to packed."""
-    shape = packed_shape(x)
-    if not is_sharded(x):
-        return x.reshape(shape)
-    place = jax.typeof(x).sharding
-    return jnp.reshape(x, shape, out_sharding=NamedSharding(place.mesh, P(*place.spec[:-1])))
-
-
-def _reshape_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    return jnp.reshape(x, like.shape, out_sharding=sharding_of(like))
-
-
-def _parts(indices: jax.Array) -> jax.Array:
-    *grid, n = indices.shape
-    return indices.reshape(*(parts for parts in grid if parts > 1), n)
-
-
-def _each_part(function: Callable[..., jax.Array], *parts: jax.Array) -> jax.Array:
-    for _ in range(parts[0].ndim - 1):
-        function = jax.vmap(function)
-    return function(*parts)
-
-
-def check_state(inner: optax.GradientTransformation, params: PyTree, packed: PyTree) -> None:
-    """Raise a ValueError that names the leaf if `inner` keeps more than a value a weight.
-
-    Args:
-      inner: the optimizer.
-      params: shapes of the parameters.
-      packed: shapes of the same, with packed leaves.
+    Moments go with their weights to where the new indices have them, and what has grown starts
+    at the initial value.
     """
-    states = [jax.eval_shape(inner.init, tree) for tree in (params, packed)]
-    names = []
-    for state, tree in zip(states, (params, packed), strict=True):
-        leaves = [(path, leaf) for path, leaf in leaves_with_path(state) if not is_dense(leaf)]
-        names.append([path_name(path) for path, _ in leaves])
-        for (path, leaf), owner in zip(leaves, owners(state, tree), strict=True):
-            if owner is None and leaf.ndim:
-                raise ValueError(
-                    f"packed=True: the inner optimizer keeps {path_name(path)} of shape "
-                    f"{leaf.shape}, which is neither a scalar nor one value for each weight: "
-                    "leave packed=True out, or take another optimizer, as optax.adamw."
-                )
-    if names[0] != names[1]:
-        other = sorted(set(names[0]) ^ set(names[1]))
-        raise ValueError(
-            f"packed=True: the inner optimizer treats packed leaves in another way than whole "
-            f"ones; only one of the two has {other[:3]}: leave packed=True out."
-        )
+    order, stays, start = {}, {}, list(map(jnp.zeros_like, inputs.weights))
+    for i, where in enumerate(after.indices):
+        if not is_dense(where):
+            order[i], stays[i] = ranks(now.masks[i], where), take(now.masks[i], where)
+            start[i] = zeros(where, inputs.weights[i].dtype)
+    inner, params = inputs.config.inner, inputs.tree(start)
+    assert inner is not None
+
+    def one(owner: Any, moment: jax.Array, initial: jax.Array) -> jax.Array:
+        if owner not in order:
+            return moment
+        moved = reorder(moment, order[owner])
+        return jnp.where(stays[owner], moved, initial.astype(moment.dtype))
+
+    leaves, treedef = jax.tree.flatten(now.inner_state)
+    rows = zip(owners(inner, params), leaves, jax.tree.leaves(inner.init(params)), strict=True)
+    return jax.tree.unflatten(treedef, [one(*row) for row in rows])

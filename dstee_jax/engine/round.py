@@ -1,150 +1,110 @@
 """One round over all leaves: counts, new masks and counters."""
 
-import dataclasses
 import functools
-import re
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
-from dstee_jax.masks.counts import Facts, total
-from dstee_jax.rules.plans import Plan, Round
-from dstee_jax.rules.schedule import Rounds
-from dstee_jax.rules.scores import Score
-from dstee_jax.rules.stacking import by_layer
-from dstee_jax.rules.structures import Structure
-from dstee_jax.selection.drop_and_grow import Selection, exchange
-from dstee_jax.selection.parts import sharding_of
-from dstee_jax.state import Leaf, LeafWithoutGrad
-from dstee_jax.trees import is_dense
+from dstee_jax.engine.config import Config
+from dstee_jax.engine.inputs import Carry, StepInputs
+from dstee_jax.engine.packing import new_indices
+from dstee_jax.engine.rule import Rule
+from dstee_jax.masks.counts import LeafSpec, total
+from dstee_jax.rules.plans import Round
+from dstee_jax.selection.drop_and_grow import Exchange, exchange
+from dstee_jax.state import Leaf
 
-# Leaves that are alike share a program from this many on: it compiles once, and copies them.
-STACK_FROM = 8
-
-
-class Row(NamedTuple):
-    """What one leaf exchanges in a round; see `selection.exchange`."""
-
-    mask: jax.Array
-    drop_score: jax.Array
-    grow_score: jax.Array
-    k_drop: Any
-    k_grow: Any
-    k_max: int
-    facts: Facts
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How a round turns masks and counters into new ones."""
-
-    drop: Score
-    grow: Score
-    plan: Plan
-    structure: Structure | None
-    regrow: bool
-    counter_update: str
-    selection: Selection
-
-    def score(self, which: int, leaf: Leaf, facts: Facts) -> jax.Array:
-        """The drop score (0) or the grow score (1) of a leaf, each layer for itself."""
-        score = (self.drop, self.grow)[which]
-        leaf = leaf._replace(key=jax.random.fold_in(leaf.key, which))
-        return by_layer(score, facts.stack)(leaf)
-
-    def exchange(self, row: Row) -> jax.Array:
-        """The new mask of one leaf."""
-        if self.structure is not None:
-            return self._within_structure(row)
-        return exchange(
-            *row[:5],
-            row.facts.grid,
-            k_max=row.k_max,
-            regrow=self.regrow,
-            selection=self.selection,
-        )
-
-    def exchange_alike(self, rows: list[Row]) -> list[jax.Array]:
-        """The new masks of leaves that are alike: one program, as layers of a stacked leaf."""
-        if len(rows) == 1:
-            return [self.exchange(rows[0])]
-        parts = [parts for parts in rows[0].facts.grid if parts > 1]
-        k = jnp.stack([jnp.broadcast_to(row.k_drop, parts) for row in rows])
-        arrays = [jnp.stack(column) for column in zip(*(row[:3] for row in rows), strict=True)]
-        grid = (len(rows), *rows[0].facts.grid)
-        facts = rows[0].facts._replace(grid=grid)
-        one = Row(arrays[0], arrays[1], arrays[2], k, None, max(r.k_max for r in rows), facts)
-        return list(self.exchange(one))
-
-    def _within_structure(self, row: Row) -> jax.Array:
-        structure = self.structure
-        assert structure is not None
-
-        def one(mask: jax.Array, drop: jax.Array, grow: jax.Array, k: jax.Array) -> jax.Array:
-            return structure.exchange(mask, drop, grow, k, row.k_max, self.regrow, self.selection)
-
-        for i, axis in enumerate(row.facts.stack):
-            one = jax.vmap(one, in_axes=(axis, axis, axis, i), out_axes=axis)
-        k = jnp.broadcast_to(jnp.asarray(row.k_drop), np.shape(row.facts.target))
-        return one(row.mask, row.drop_score, row.grow_score, k)
+# Bytes of keys on a device that are searched together; beyond it a round searches group by group.
+# 1 GiB holds the keys of 256 million weights: any network that trains on one device without
+# sharding, beside optimizer states of more than twice that size.
+KEYS_AT_ONCE = 2**30
 
 
 def is_mask_step(
-    rule: Rule, rounds: Rounds, facts: list[Facts | None], masks: list[Any], count: jax.Array
+    config: Config, specs: list[LeafSpec | None], masks: list[Any], count: jax.Array
 ) -> Any:
-    """Whether step `count` is a mask step: bool, shape (); False itself if no step can be one."""
-    sparse = [i for i, mask in enumerate(masks) if not is_dense(mask)]
-    # Masks of unknown counts are traced ones, which never change.
-    known = [(fact, masks[i].size) for i in sparse if (fact := facts[i]) is not None]
-    movable = len(known) == len(sparse) and any(0 < total(f.target) < size for f, size in known)
-    fixed = rule.plan.exchanges
-    if not movable or not rounds.every or (fixed and rounds.highest <= 0):
+    """Whether step `count` is a mask step: bool, shape (); False itself if no step can be one.
+
+    A Python bool too where the count is not traced.
+    """
+    if not config.moves(specs, masks):
         return False
-    due = rounds.is_round(count)
-    return due & (rounds.k(1, count) > 0) if fixed else due
+    due = config.rounds.is_round(count)
+    if config.rule.plan.exchanges:
+        due &= config.rounds.k(1, count) > 0
+    return due if isinstance(due, jax.core.Tracer) else bool(due)
 
 
-def update_topology(
-    rule: Rule,
-    rounds: Rounds,
-    names: list[str],
-    facts: list[Facts],
-    leaf: Callable[[int], Leaf],
-    count: jax.Array,
-    plan_state: Any,
-    due: jax.Array,
-) -> tuple[list[jax.Array], list[jax.Array], Any]:
-    """A round over all sparse leaves.
+def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
+    """The masks, counters and indices after a round.
+
+    A leaf without free places keeps its mask and still counts the round.
 
     Args:
-      rule: what to do with a leaf.
-      rounds: how many weights move.
-      names: of each leaf; leaves of equal shape whose names differ in numbers only are exchanged
-        by one program.
-      facts: of each leaf.
-      leaf: makes what the scores see of the j-th one.
-      count: int32 scalar, the step, from 1.
-      plan_state: what the plan keeps.
-      due: whether this is a mask step, which the caller has asked already: what is made within
-        the `lax.cond` of a group of leaves leaves its memory to the next group.
-
-    Returns:
-      `(masks, counters, plan_state)`. A leaf without free places keeps its mask and still
-      counts the round.
+      inputs: what the step was given.
+      due: True, perhaps traced. The caller has asked already; what is made within the `lax.cond`
+        of a group of leaves leaves its memory to the next group.
+      now: before the round.
     """
-    fixed = rule.plan.exchanges
-    leaves = [leaf(j) for j in range(len(names))]
-    drop_scores = list(map(functools.partial(rule.score, 0), leaves, facts))
+    config, batches = inputs.config, inputs.config.grow_batches
+    moving = [i for i in inputs.moving if inputs.specs[i] is not None]
+
+    def view(i: int) -> Leaf:
+        grad = inputs.sums[i] / batches if batches > 1 else inputs.grads[i]
+        weight = now.params[i] if now.params else inputs.weights[i]
+        if now.updates:
+            weight = optax.apply_updates(weight, now.updates[i])
+        return inputs.view(i, weight, grad, now.masks[i], now.counters[i])
+
+    specs = {i: spec for i in moving if (spec := inputs.specs[i]) is not None}
+    amounts, plan_state = _amounts(inputs, specs, view, now.plan_state)
+    masks, counters = list(now.masks), list(now.counters)
+    for group in _groups(moving, now.masks, KEYS_AT_ONCE):
+
+        def round_(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
+            views = [view(i) for i in group]  # made again: within the cond
+            rows = [
+                _row(config, specs[i], leaf, *amounts[i])
+                for i, leaf in zip(group, views, strict=True)
+            ]
+            new = _exchange(config.rule, rows, [specs[i] for i in group])
+            pairs = zip(views, new, strict=True)
+            return [(mask, _add(config.rule, leaf, mask)) for leaf, mask in pairs]
+
+        def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
+            return [(masks[i], counters[i]) for i in group]
+
+        changed = round_() if due is True else lax.cond(due, round_, keep)
+        for i, pair in zip(group, changed, strict=True):
+            masks[i], counters[i] = pair
+    return now._replace(
+        masks=masks,
+        counters=counters,
+        plan_state=plan_state,
+        indices=new_indices(masks, now.indices),
+    )
+
+
+def _amounts(
+    inputs: StepInputs,
+    specs: dict[int, LeafSpec],
+    view: Callable[[int], Leaf],
+    plan_state: Any,
+) -> tuple[dict[int, tuple[Any, Any]], Any]:
+    """How many weights each leaf drops and grows, and the plan's new state."""
+    rule, rounds, count = inputs.config.rule, inputs.config.rounds, inputs.count
+    leaves = {i: view(i) for i in specs}
     drops, grows, plan_state = rule.plan.amounts(
         Round(
-            leaves=leaves,
-            drop_scores=drop_scores,
-            targets=[fact.target for fact in facts],
-            starts=[fact.start for fact in facts],
+            leaves=list(leaves.values()),
+            drop_scores=[rule.score(0, leaf, specs[i]) for i, leaf in leaves.items()],
+            targets=[spec.target for spec in specs.values()],
+            starts=[spec.start for spec in specs.values()],
             fraction=jnp.asarray(rounds.fraction(count), jnp.float32),
             number=rounds.number(count),
             time=count.astype(jnp.float32) / rounds.total_steps,
@@ -153,71 +113,49 @@ def update_topology(
             state=plan_state,
         )
     )
-
-    def k_max(fact: Facts, size: int) -> int:
-        if not fixed:
-            return size
-        return rounds.k_max(int(np.max(fact.target))) if 0 < total(fact.target) < size else 0
-
-    def row(j: int) -> Row:
-        view, fact = leaf(j), facts[j]  # made again: within the cond
-        return Row(
-            view.mask,
-            rule.score(0, view, fact) if fixed else drop_scores[j],
-            rule.score(1, view, fact),
-            drops[j],
-            None if fixed else grows[j],
-            k_max(fact, view.mask.size),
-            fact,
-        )
-
-    masks, counters = [view.mask for view in leaves], [view.counter for view in leaves]
-    for group in _alike(names, leaves, facts, rule):
-
-        def round_(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
-            new = rule.exchange_alike([row(j) for j in group])
-            return [(mask, _add(rule, leaves[j], mask)) for j, mask in zip(group, new, strict=True)]
-
-        def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
-            return [(masks[j], counters[j]) for j in group]
-
-        for j, changed in zip(group, lax.cond(due, round_, keep), strict=True):
-            masks[j], counters[j] = changed
-    return masks, counters, plan_state
+    rows = zip(specs, drops, grows, strict=True)
+    return {i: (k, None if rule.plan.exchanges else grow) for i, k, grow in rows}, plan_state
 
 
-def at_most_once(due: jax.Array, function: Callable[..., Any], carry: Any) -> Any:
-    """`function(due, carry)` if `due`, else `carry`.
-
-    A loop of no or one round: XLA updates in place what a loop carries, if `function` reads it
-    from its argument; what the branches of a `lax.cond` pass through it copies (on CPU, on every
-    step). The cond in the loop keeps XLA from moving work that is the same in all rounds out.
-    """
-
-    def once(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        due, carry = loop
-        return due & False, lax.cond(due, lambda x: function(due, x), lambda x: x, carry)
-
-    return lax.while_loop(lambda loop: loop[0], once, (due, carry))[1]
+def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exchange:
+    """What a leaf exchanges."""
+    size, k_max = leaf.mask.size, leaf.mask.size
+    if config.rule.plan.exchanges:
+        movable = 0 < total(spec.target) < size
+        k_max = config.rounds.k_max(int(np.max(spec.target))) if movable else 0
+    scores = [config.rule.score(which, leaf, spec) for which in (0, 1)]
+    return Exchange(leaf.mask, scores[0], scores[1], spec.grid, k, k_grow, k_max)
 
 
-def _alike(names: list[str], leaves: list[Leaf], facts: list[Facts], rule: Rule) -> list[list[int]]:
-    """Indices of the leaves in groups that can be stacked: of one shape and, by name, one role.
+def _exchange(rule: Rule, rows: list[Exchange], specs: list[LeafSpec]) -> list[jax.Array]:
+    """New masks, by one search for what is dropped and one for what grows."""
+    pairs = list(zip(rows, specs, strict=True))
+    if rule.searches_alone:
+        return [rule.exchange_alone(*pair) for pair in pairs]
+    reduced = [rule.reduce(*pair) for pair in pairs]
+    new = exchange(reduced, regrow=rule.regrow, selection=rule.selection)
+    return [rule.expand(mask, *pair) for mask, pair in zip(new, pairs, strict=True)]
 
-    Numbers in a name do not count: 'layers/3/query' and 'layers/4/query' lie on devices in the
-    same way; 'layers/3/out' may have their shape and lie in another, which would be gathered.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for j, (name, leaf, fact) in enumerate(zip(names, leaves, facts, strict=True)):
-        whole = total(fact.target) in (0, leaf.mask.size)
-        alone = not rule.plan.exchanges or rule.structure is not None or whole
-        seen = [leaf.mask, leaf.param]
-        seen += [] if isinstance(leaf, LeafWithoutGrad) else [leaf.grad]
-        arrays = [(x.shape, x.dtype, sharding_of(x)) for x in seen]
-        kind = (re.sub(r"\d+", "", name), *arrays, fact.grid)
-        groups.setdefault(j if alone else kind, []).append(j)
-    few = [group for group in groups.values() if len(group) < STACK_FROM]
-    return [g for g in groups.values() if len(g) >= STACK_FROM] + [[j] for g in few for j in g]
+
+def _groups(moving: list[int], masks: list[Any], limit: int) -> list[list[int]]:
+    """Leaves whose keys are searched at once, in order: at most `limit` bytes on a device."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for i in moving:
+        mine = 4 * masks[i].size // _devices(masks[i])
+        if groups[-1] and used + mine > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += mine
+    return groups
+
+
+def _devices(x: jax.Array) -> int:
+    """Over how many devices the type of x says that it is split; 1 under Auto mesh axes."""
+    place = jax.typeof(x).sharding
+    names = [name for axis in place.spec for name in (axis if isinstance(axis, tuple) else (axis,))]
+    return functools.reduce(lambda n, name: n * place.mesh.shape[name], filter(None, names), 1)
 
 
 def _add(rule: Rule, leaf: Leaf, new: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The `update` of `transform`: from state to state."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -8,17 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dstee_jax.engine import emit
-from dstee_jax.engine.config import Sparse
+from dstee_jax.engine import packed, whole
+from dstee_jax.engine.checks import warn_of_frozen
+from dstee_jax.engine.config import Config
+from dstee_jax.engine.hold import never_updated
+from dstee_jax.engine.inputs import Carry, StepInputs, leaves_like
+from dstee_jax.engine.loops import at_most_once
 from dstee_jax.engine.round import is_mask_step
-from dstee_jax.engine.step import Changing, Step, leaves_like
 from dstee_jax.rules.memory import recall, remember
-from dstee_jax.state import SparseState
-from dstee_jax.trees import PyTree, mask_leaves, path_name, replace_leaves
+from dstee_jax.state import SparseState, wrap_key
+from dstee_jax.trees import PyTree, is_dense, mask_leaves, path_name, replace_leaves
 
 
 def update(
-    sparse: Sparse,
+    config: Config,
     updates: PyTree,
     state: SparseState,
     params: PyTree | None = None,
@@ -30,7 +34,7 @@ def update(
     """The `update` of `transform`.
 
     Args:
-      sparse: what was asked for.
+      config: what was asked for.
       updates, state, params: as optax has them.
       mask_step: False if this is no mask step; True leaves it to the schedule.
       as_params: return the new parameters, not their updates.
@@ -45,45 +49,87 @@ def update(
             f"mask_step={mask_step} must be True or False when the step is compiled: make it a "
             "static argument of jit."
         )
+    inputs, plan_state = _inputs(config, updates, state, params, as_params, extra)
+    due: Any = False
+    if mask_step:
+        due = is_mask_step(config, inputs.specs, inputs.masks, inputs.count)
+    indices = [optax.MaskedNode()] * len(inputs.weights)
+    if config.indices:
+        indices = mask_leaves(state.indices, params)
+    params_now = inputs.weights if as_params else ()
+    kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, indices)
+    now = _step(inputs, due, Carry(*kept, params=params_now))
+    return inputs.tree(list(now.params if as_params else now.updates)), SparseState(
+        count=inputs.count,
+        key=state.key,
+        masks=replace_leaves(state.masks, params, now.masks),
+        counters=replace_leaves(state.counters, params, now.counters),
+        rule_state=remember(state.rule_state, params, inputs.kept, now.plan_state, inputs.sums),
+        inner_state=now.inner_state,
+        needs_dense=config.needs_dense(inputs.count + 1),
+        indices=replace_leaves(state.indices, params, now.indices) if config.indices else (),
+    )
+
+
+def _inputs(
+    config: Config,
+    updates: PyTree,
+    state: SparseState,
+    params: PyTree,
+    as_params: bool,
+    extra: dict[str, Any],
+) -> tuple[StepInputs, Any]:
+    """What a step is given, and the plan's state."""
     leaves, treedef = jax.tree.flatten(params)
-    outgoing = leaves_like(treedef, updates, "grads")
-    grads = updates if sparse.inner is not None else extra.get("grad")
-    layout, facts = sparse.layout(params)
+    outgoing = [jnp.asarray(x) for x in leaves_like(params, updates, "grads")]
+    grads: list[Any] = [None] * len(leaves)
+    if config.inner is not None:
+        grads = outgoing
+    elif extra.get("grad") is not None:
+        grads = [jnp.asarray(x) for x in leaves_like(params, extra["grad"], "grad=")]
+    layout, specs = config.layout(params)
     kept, plan_state, sums = recall(state.rule_state, params)
-    step = Step(
-        sparse=sparse,
+    inputs = StepInputs(
+        config=config,
         treedef=treedef,
         names=[path_name(path) for path, _ in layout.leaves],
-        facts=facts,
-        full=sparse.full(params, facts),
-        key=state.key,
+        specs=specs,
+        full=config.full(params, specs),
+        key=wrap_key(state.key, config.key),
         count=optax.safe_increment(state.count),
         weights=[jnp.asarray(leaf) for leaf in leaves],
-        grads=[None] * len(leaves) if grads is None else leaves_like(treedef, grads, "grad="),
+        grads=grads,
+        outgoing=outgoing,
         masks=mask_leaves(state.masks, params),
         counters=mask_leaves(state.counters, params),
         kept=kept,
         sums=sums,
+        as_params=as_params,
+        extra=extra,
     )
-    outgoing = step.penalised(outgoing)
-    step = dataclasses.replace(step, kept=step.remembered(), sums=step.added_up())
+    inputs = dataclasses.replace(inputs, outgoing=inputs.penalised())
+    return dataclasses.replace(inputs, kept=inputs.remembered(), sums=inputs.added_up()), plan_state
 
-    indices: list[Any] = [optax.MaskedNode()] * len(leaves)
-    if sparse.indices:
-        indices = mask_leaves(state.indices, params)
-    now = Changing(step.masks, step.counters, plan_state, indices, state.inner_state)
-    due: Any = False
-    if mask_step:
-        due = is_mask_step(sparse.rule, sparse.rounds, facts, step.masks, step.count)
-    how = emit.packed if sparse.packed else emit.whole
-    emitted, now = how(step, outgoing, now, due, as_params, extra)
-    return jax.tree.unflatten(step.treedef, emitted), SparseState(
-        count=step.count,
-        key=state.key,
-        masks=replace_leaves(state.masks, params, now.masks),
-        counters=replace_leaves(state.counters, params, now.counters),
-        rule_state=remember(state.rule_state, params, step.kept, now.plan_state, step.sums),
-        inner_state=now.inner_state,
-        needs_dense=sparse.needs_dense(step.count + 1),
-        indices=replace_leaves(state.indices, params, now.indices) if sparse.indices else (),
-    )
+
+def _step(inputs: StepInputs, due: Any, now: Carry) -> Carry:
+    """An ordinary step, and a round in a loop of its own that works in place.
+
+    A round comes after the optimizer's step if `update_weights`; else it comes first, and the
+    optimizer's step then moves nothing.
+    """
+    config = inputs.config
+    how = packed if config.packed else whole
+    if due is False:
+        return how.ordinary_step(inputs, now, hold=False)
+    if config.inner is not None and not config.packed:
+        trees = inputs.tree(inputs.outgoing), now.inner_state, inputs.tree(inputs.weights)
+        still = never_updated(config.inner, *trees, inputs.extra)
+        warn_of_frozen(
+            inputs.names, [s and not is_dense(m) for s, m in zip(still, now.masks, strict=True)]
+        )
+    exchange = functools.partial(how.exchange, inputs)
+    if config.update_weights:
+        return at_most_once(due, exchange, how.ordinary_step(inputs, now, hold=False))
+    if not inputs.as_params:
+        now = now._replace(stays=how.first_stays(now))
+    return how.ordinary_step(inputs, at_most_once(due, exchange, now), hold=due)

@@ -165,7 +165,7 @@ def equal(count: Count) -> int | None:
     return int(values[0]) if values.size == 1 else None
 
 
-class Facts(NamedTuple):
+class LeafSpec(NamedTuple):
     """What is known of a sparse leaf from shapes."""
 
     target: Count  # active weights at the asked sparsity, of each part
@@ -182,34 +182,34 @@ class Facts(NamedTuple):
 
 def check_parts(
     layout: Layout,
-    facts: Sequence[Facts | None],
+    specs: Sequence[LeafSpec | None],
     exchanges: bool,
     structure: Structure | None,
     indices: bool,
 ) -> None:
     """Raise a ValueError that names the leaf where parts and options do not go together."""
-    for (path, leaf), fact in zip(layout.leaves, facts, strict=True):
-        if fact is None:
+    for (path, leaf), spec in zip(layout.leaves, specs, strict=True):
+        if spec is None:
             continue
-        cut = cut_axes(fact.grid)
-        spec = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
-        if indices and any(name is not None and i not in cut for i, name in enumerate(spec)):
+        cut = cut_axes(spec.grid)
+        placed = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
+        if indices and any(name is not None and i not in cut for i, name in enumerate(placed)):
             raise ValueError(
-                f"{path_name(path)} is split over mesh axes {spec}: packed=True and indices=True "
+                f"{path_name(path)} is split over mesh axes {placed}: packed=True and indices=True "
                 "then need blocks=dstee.blocks_of(params)."
             )
         if cut and not exchanges:
             raise ValueError(
-                f"{path_name(path)} is cut into {fact.grid} parts, each of which keeps its count, "
+                f"{path_name(path)} is cut into {spec.grid} parts, each of which keeps its count, "
                 "which needs a plan that exchanges: leave stack_axes= and blocks= out, or plan=."
             )
-        if structure is not None and set(cut) - set(fact.stack):
+        if structure is not None and set(cut) - set(spec.stack):
             raise ValueError(
-                f"{path_name(path)} is cut into {fact.grid} blocks, which structure= does not "
+                f"{path_name(path)} is cut into {spec.grid} blocks, which structure= does not "
                 "respect: leave blocks= out."
             )
-        if indices and equal(fact.target) is None:
+        if indices and equal(spec.target) is None:
             raise ValueError(
-                f"the layers or blocks of {path_name(path)} have {np.unique(fact.target)} active "
-                f"weights: packed=True and indices=True need as many in each of {fact.grid}."
+                f"the layers or blocks of {path_name(path)} have {np.unique(spec.target)} active "
+                f"weights: packed=True and indices=True need as many in each of {spec.grid}."
             )

@@ -13,7 +13,7 @@ from dstee_jax.masks.counts import Count, Layout, Sparsity, Where, leaf_counts, 
 from dstee_jax.masks.distributions import Distribution
 from dstee_jax.masks.where import kernels
 from dstee_jax.rules.structures import Structure
-from dstee_jax.selection.bisection import INDEX, Keys, chosen
+from dstee_jax.selection.bisection import INDEX, Keys, Search, chosen
 from dstee_jax.selection.parts import Grid, inner_axes, join, sharding_of, split
 from dstee_jax.state import check_key
 from dstee_jax.trees import PyTree
@@ -35,7 +35,7 @@ def random_mask(
         bits = split(jax.random.bits(key, shape, jnp.uint32, out_sharding=explicit), grid)
         inner = inner_axes(shape, grid)
         keys = Keys(bits, inner, math.prod(shape) // max(math.prod(grid), 1))
-        return join(chosen([keys], jnp.asarray(count, INDEX))[0], shape, grid)
+        return join(chosen([Search([keys], jnp.asarray(count, INDEX))])[0][0], shape, grid)
 
     place = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
     if isinstance(place, jax.sharding.NamedSharding) and not isinstance(key, jax.core.Tracer):

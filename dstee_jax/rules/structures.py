@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dstee_jax.selection.bisection import largest_bits
-from dstee_jax.selection.drop_and_grow import drop_and_grow, largest
+from dstee_jax.selection.drop_and_grow import largest
+from dstee_jax.selection.parts import Grid
 
 Shape = tuple[int, ...]
 
@@ -24,15 +25,23 @@ class Structure(NamedTuple):
       count: `(shape, wanted) -> count`, the nearest number of active weights that the structure
         allows; raises a ValueError that names shape and remedy if it allows none.
       random_mask: `(key, shape, count) -> mask`, uniformly at random.
-      exchange: `(mask, drop_score, grow_score, k, k_max, regrow, selection) -> mask`: about k
-        weights change places.
       fits: `mask -> bool`, whether a concrete mask has the structure.
+      reduce: `(mask, drop_score, grow_score) -> the same of what is exchanged`, as blocks.
+      parts: `(shape, k, k_max) -> (grid, k, k_max)`: into how many parts each axis of what was
+        reduced is cut, and how many entries of a part change places so that about k weights do;
+        k gets an axis for each axis of more than one part.
+      expand: `(mask, shape) -> mask`: the leaf's mask from that of what was reduced.
+      exchange: `(mask, drop_score, grow_score, k, k_max, regrow, selection) -> mask`, instead of
+        the three, for a structure whose groups are not parts: about k weights change places.
     """
 
     count: Callable[[Shape, int], int]  # type: ignore[assignment]
     random_mask: Callable[[jax.Array, Shape, int], jax.Array]
-    exchange: Callable[..., jax.Array]
     fits: Callable[[np.ndarray], bool]
+    reduce: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    parts: Callable[[Shape, jax.Array, int], tuple[Grid, jax.Array, int]] | None = None
+    expand: Callable[[jax.Array, Shape], jax.Array] | None = None
+    exchange: Callable[..., jax.Array] | None = None
 
 
 def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -102,7 +111,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
         moved = np.moveaxis(mask, axis, -1)
         return bool((moved.reshape(-1, m).sum(-1) == n).all())
 
-    return Structure(count, random_mask, exchange, fits)
+    return Structure(count, random_mask, fits, exchange=exchange)
 
 
 def block(shape: tuple[int, ...]) -> Structure:
@@ -155,27 +164,21 @@ def block(shape: tuple[int, ...]) -> Structure:
         bits = jax.random.bits(key, blocks_of(full), jnp.uint32)
         return expanded(largest_bits([bits], jnp.uint32(wanted // size))[0], full)
 
-    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
-        new = drop_and_grow(
-            reduced(mask, jnp.any),
-            reduced(drop_score, jnp.sum),
-            reduced(grow_score, jnp.sum),
-            _shared(k, size),
-            k_max=-(-k_max // size),
-            regrow=regrow,
-            selection=selection,
-        )
-        return expanded(new, mask.shape)
+    def reduce(mask, drop_score, grow_score):
+        return reduced(mask, jnp.any), reduced(drop_score, jnp.sum), reduced(grow_score, jnp.sum)
+
+    def parts(full: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
+        return (1,) * len(blocks_of(full)), _shared(k, size), -(-k_max // size)
 
     def fits(mask: np.ndarray) -> bool:
         try:
             cut, inner = split(mask.shape)
         except ValueError:
             return False
-        parts = mask.reshape(cut)
-        return bool((parts.any(axis=inner) == parts.all(axis=inner)).all())
+        blocks = mask.reshape(cut)
+        return bool((blocks.any(axis=inner) == blocks.all(axis=inner)).all())
 
-    return Structure(count, random_mask, exchange, fits)
+    return Structure(count, random_mask, fits, reduce, parts, expanded)
 
 
 def constant_fan_in() -> Structure:
@@ -202,28 +205,20 @@ def constant_fan_in() -> Structure:
         each = jnp.uint32(wanted // shape[-1])
         return jax.vmap(lambda b: largest_bits([b], each)[0])(bits).T.reshape(shape)
 
-    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
-        units = mask.shape[-1]
-
-        def one(mask: jax.Array, drop: jax.Array, grow: jax.Array) -> jax.Array:
-            return drop_and_grow(
-                mask,
-                drop,
-                grow,
-                _shared(k, units),
-                k_max=-(-k_max // units),
-                regrow=regrow,
-                selection=selection,
-            )
-
-        new = jax.vmap(one)(*(columns(x) for x in (mask, drop_score, grow_score)))
-        return new.T.reshape(mask.shape)
+    def parts(shape: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
+        units = shape[-1]
+        k = _shared(k, units)
+        each = jnp.broadcast_to(k[..., None], (*k.shape, units)) if units > 1 else k
+        return (*[1] * (len(shape) - 1), units), each, -(-k_max // units)
 
     def fits(mask: np.ndarray) -> bool:
         sums = mask.reshape(-1, mask.shape[-1]).sum(0)
         return bool((sums == sums[0]).all())
 
-    return Structure(count, random_mask, exchange, fits)
+    def same(*arrays):
+        return arrays
+
+    return Structure(count, random_mask, fits, same, parts, lambda mask, shape: mask)
 
 
 def _shared(k: Any, parts: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Exact selection of the k largest entries, bit by bit, with counting passes.
 
 The cost does not depend on k, k may be traced, and on sharded arrays only counts travel.
-Several arrays may be searched as one, and one array part by part.
+Several arrays may be searched as one, one array part by part, and many searches in one loop.
 """
 
 import functools
@@ -73,89 +73,137 @@ class Keys(NamedTuple):
         """A value for each part, to broadcast against the bits."""
         return jnp.expand_dims(per_part, self.inner) if per_part.ndim else per_part
 
+    def reaching(self, *thresholds: jax.Array) -> tuple[jax.Array, ...]:
+        """How many keys of each part reach each threshold."""
+        reached = (self.bits >= self.spread(t) for t in thresholds)
+        return count(self.inner, *reached, sharded=self.sharded)
 
-def _kth_largest(
-    keys: Sequence[Keys], k: jax.Array, bits: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Find, for each part, a threshold that at least k entries reach, and no smaller set.
 
-    Fixes two bits a pass, from the top, and stops early once exactly k entries are reached.
+class Search(NamedTuple):
+    """The k largest of some keys, in each part for itself."""
+
+    keys: Sequence[Keys]  # cut into the same parts, and searched as one array
+    k: jax.Array  # INDEX, with an axis for each axis that counts parts; at most the entries
+
+    @property
+    def size(self) -> int:
+        """Entries of a part, of all keys together."""
+        return sum(key.size for key in self.keys)
+
+
+class Found(NamedTuple):
+    """For each part of a search: a threshold that at least k entries reach, and no smaller set."""
+
+    threshold: jax.Array  # of the keys' dtype
+    reached: jax.Array  # INDEX: how many entries are at least the threshold
+    above: jax.Array  # INDEX: how many are above it; exact unless reached == k
+
+
+def _kth_largest(searches: Sequence[Search], bits: int) -> list[Found]:
+    """Find the k-th largest key of each search, of all searches in one loop.
+
+    Fixes two bits a pass, from the top, and stops early once exactly k entries are reached
+    everywhere. On devices the counts of all searches travel together.
 
     Returns:
-      `(threshold, reached, above)`: how many entries are at least, and (exact unless
-      `reached == k`) how many above the threshold. `reached == k`, or `reached > k` and
-      `threshold` is the k-th largest value, whose ties are still to be broken.
+      For each search: `reached == k`, or `reached > k` and `threshold` is the k-th largest value,
+      whose ties are still to be broken.
     """
-    dtype = keys[0].bits.dtype
 
-    def unfinished(carry):
-        _, shift, reached, _ = carry
-        return (shift >= 0) & jnp.any(reached != k)
+    def unfinished(carry: tuple[jax.Array, list[Found]]) -> jax.Array:
+        shift, found = carry
+        rows = zip(found, searches, strict=True)
+        return (shift >= 0) & _any([jnp.any(f.reached != s.k) for f, s in rows])
 
-    def two_bits(carry):
-        threshold, shift, reached, above = carry
-        step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
-        tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-        by_array = [
-            count(key.inner, *(key.bits >= key.spread(t) for t in tries), sharded=key.sharded)
-            for key in keys
-        ]
-        counts = [functools.reduce(jnp.add, c) for c in zip(*by_array, strict=True)]
-        for candidate, n in zip(tries, counts, strict=True):
-            threshold = jnp.where(n >= k, candidate, threshold)
-            reached = jnp.where(n >= k, n, reached)
-        for n in reversed(counts):
-            above = jnp.where(n < k, n, above)
-        return threshold, shift - 2, reached, above
+    def two_bits(carry: tuple[jax.Array, list[Found]]) -> tuple[jax.Array, list[Found]]:
+        shift, found = carry
+        return shift - 2, [_narrow(s, f, shift) for s, f in zip(searches, found, strict=True)]
+
+    def start(search: Search) -> Found:
+        zeros = jnp.zeros_like(search.k)
+        everything = jnp.full_like(search.k, search.size)
+        return Found(zeros.astype(search.keys[0].bits.dtype), everything, zeros)
 
     top = jnp.int32(bits + bits % 2 - 2)
-    total = jnp.full_like(k, sum(key.size for key in keys))
-    start = (jnp.zeros_like(k, dtype), top, total, jnp.zeros_like(k))
     # The first pass outside the loop: under shard_map it gives the carry the key's own type.
-    threshold, _, reached, above = lax.while_loop(unfinished, two_bits, two_bits(start))
-    return threshold, reached, above
+    carry = two_bits((top, list(map(start, searches))))
+    return lax.while_loop(unfinished, two_bits, carry)[1]
 
 
-def chosen(keys: Sequence[Keys], k: jax.Array) -> list[jax.Array]:
-    """Masks of the k largest entries of all keys together (in each part).
+def _narrow(search: Search, found: Found, shift: jax.Array) -> Found:
+    """A threshold with two more bits, at `shift`."""
+    threshold, reached, above = found
+    dtype = threshold.dtype
+    step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
+    tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
+    by_array = [key.reaching(*tries) for key in search.keys]
+    counts = [functools.reduce(jnp.add, c) for c in zip(*by_array, strict=True)]
+    for candidate, n in zip(tries, counts, strict=True):
+        threshold = jnp.where(n >= search.k, candidate, threshold)
+        reached = jnp.where(n >= search.k, n, reached)
+    for n in reversed(counts):
+        above = jnp.where(n < search.k, n, above)
+    return Found(threshold, reached, above)
+
+
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, flags)
+
+
+def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
+    """Masks of the k largest entries of each search (in each part of it), in one loop for all.
 
     Args:
-      keys: arrays cut into the same parts.
-      k: INDEX, with an axis for each axis that counts parts; at most the entries of a part.
+      searches: of keys of one dtype.
 
     Returns:
-      A bool array for each, shaped as its bits. Ties go to the first array and the lowest
-      row-major index of the part.
+      For each search a bool array for each of its keys, shaped as its bits. Ties go to the first
+      array and the lowest row-major index of the part.
     """
-    k = by_part(k, keys[0].bits, keys[0].inner)
-    threshold, reached, above = _kth_largest(keys, k, 8 * keys[0].bits.dtype.itemsize)
+    if not searches:
+        return []
+    searches = [s._replace(k=by_part(s.k, s.keys[0].bits, s.keys[0].inner)) for s in searches]
+    found = _kth_largest(searches, 8 * searches[0].keys[0].bits.dtype.itemsize)
+    ready = ~_any([jnp.any(f.reached != s.k) for f, s in zip(found, searches, strict=True)])
 
-    def at_least() -> list[jax.Array]:
-        return [key.bits >= key.spread(threshold) for key in keys]
-
-    def break_ties() -> list[jax.Array]:
-        # The lowest index wins: bisect the reversed index, 0 for entries not tied.
-        total = left = sum(key.size for key in keys)
-        ranks = []
-        for key in keys:
-            reverse = jnp.array(left, INDEX) - linear_index(key.bits.shape, key.inner, key.bits)
-            tied = key.bits == key.spread(threshold)
-            ranks.append(key._replace(bits=jnp.where(tied, reverse, jnp.zeros((), INDEX))))
-            left -= key.size
-        # A part without ties has its k already (then `above` may not be exact): all its entries.
-        wanted = jnp.where(reached == k, jnp.full_like(k, total), k - above)
-        last, _, _ = _kth_largest(ranks, wanted, total.bit_length())
-        rows = zip(keys, ranks, strict=True)
+    def at_least() -> list[list[jax.Array]]:
         return [
-            jnp.where(
-                key.spread(reached == k),
-                key.bits >= key.spread(threshold),
-                (key.bits > key.spread(threshold)) | (rank.bits >= rank.spread(last)),
-            )
-            for key, rank in rows
+            [key.bits >= key.spread(f.threshold) for key in s.keys]
+            for s, f in zip(searches, found, strict=True)
         ]
 
-    return lax.cond(jnp.all(reached == k), at_least, break_ties)
+    def break_ties() -> list[list[jax.Array]]:
+        ranks = [_ranks(s, f) for s, f in zip(searches, found, strict=True)]
+        last = _kth_largest(ranks, max(s.size for s in searches).bit_length())
+        return [_with_ties(*row) for row in zip(searches, found, ranks, last, strict=True)]
+
+    return lax.cond(ready, at_least, break_ties)
+
+
+def _ranks(search: Search, found: Found) -> Search:
+    """What to search for the ties to keep: reversed indices, 0 for entries that are not tied."""
+    left = search.size
+    ranks = []
+    for key in search.keys:
+        reverse = jnp.array(left, INDEX) - linear_index(key.bits.shape, key.inner, key.bits)
+        tied = key.bits == key.spread(found.threshold)
+        ranks.append(key._replace(bits=jnp.where(tied, reverse, jnp.zeros((), INDEX))))
+        left -= key.size
+    # A part without ties has its k already (then `above` may not be exact): all its entries.
+    everything = jnp.full_like(search.k, search.size)
+    return Search(ranks, jnp.where(found.reached == search.k, everything, search.k - found.above))
+
+
+def _with_ties(search: Search, found: Found, ranks: Search, last: Found) -> list[jax.Array]:
+    """The entries above the threshold, and of those at it the ones of lowest index."""
+    return [
+        jnp.where(
+            key.spread(found.reached == search.k),
+            key.bits >= key.spread(found.threshold),
+            (key.bits > key.spread(found.threshold)) | (rank.bits >= rank.spread(last.threshold)),
+        )
+        for key, rank in zip(search.keys, ranks.keys, strict=True)
+    ]
 
 
 def _whole(array: jax.Array) -> Keys:
@@ -175,7 +223,7 @@ def largest_bits(keys: Sequence[jax.Array], k: jax.Array) -> list[jax.Array]:
     """
     if sum(key.size for key in keys) == 0:
         return [jnp.zeros(key.shape, bool) for key in keys]
-    return chosen([_whole(key) for key in keys], jnp.asarray(k).astype(INDEX))
+    return chosen([Search([_whole(key) for key in keys], jnp.asarray(k).astype(INDEX))])[0]
 
 
 def largest_of_all(scores: Sequence[jax.Array], k: jax.Array | int) -> list[jax.Array]:

@@ -7,13 +7,14 @@ Two ways, one result (ties go to the lowest row-major index in both):
 """
 
 import functools
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dstee_jax.selection.bisection import INDEX, Keys, chosen, count, ordered_bits
+from dstee_jax.selection.bisection import INDEX, Keys, Search, chosen, count, ordered_bits
 from dstee_jax.selection.parts import Grid, by_part, inner_axes, is_sharded, join, split
 
 Selection = Literal["auto", "top_k", "bisection", "sharded"]
@@ -47,8 +48,10 @@ def largest(score: jax.Array, k: jax.Array, k_max: int, selection: Selection = "
     if k_max == 0 or score.size == 0:
         return jnp.zeros(score.shape, bool)
     selection = _resolve(selection, score, k_max)
-    inner = tuple(range(score.ndim))
-    return _largest(score, inner, jnp.asarray(k).astype(INDEX), k_max, selection)
+    inner, k = tuple(range(score.ndim)), jnp.asarray(k).astype(INDEX)
+    if selection == "top_k":
+        return _largest_top_k(score, inner, k, k_max)
+    return chosen([_search(score, inner, k, selection)])[0][0]
 
 
 def _resolve(selection: Selection, x: jax.Array, k_max: int) -> Selection:
@@ -59,14 +62,10 @@ def _resolve(selection: Selection, x: jax.Array, k_max: int) -> Selection:
     return "top_k" if small and not is_sharded(x) else "bisection"
 
 
-def _largest(
-    score: jax.Array, inner: tuple[int, ...], k: jax.Array, k_max: int, selection: Selection
-) -> jax.Array:
-    """Mask of the k largest entries of each part of an array (as `parts.split` cuts it)."""
-    if selection == "top_k":
-        return _largest_top_k(score, inner, k, k_max)
+def _search(score: jax.Array, inner: tuple[int, ...], k: jax.Array, selection: Selection) -> Search:
+    """For the k largest entries of each part of an array (as `parts.split` cuts it)."""
     keys = Keys(ordered_bits(score), inner, _size(score, inner), selection == "sharded")
-    return chosen([keys], k)[0]
+    return Search([keys], k)
 
 
 def _size(x: jax.Array, axes: tuple[int, ...]) -> int:
@@ -149,77 +148,110 @@ def drop_and_grow(
         )
     if k_max < 0:
         raise ValueError(f"k_max={k_max} is negative: pass a bound of 0 or more.")
-    whole = (1,) * mask.ndim
-    scores = (drop_score, grow_score)
-    return exchange(
-        mask, *scores, k, k_grow, whole, k_max=k_max, regrow=regrow, selection=selection
-    )
+    row = Exchange(mask, drop_score, grow_score, (1,) * mask.ndim, k, k_grow, k_max)
+    return exchange([row], regrow=regrow, selection=selection)[0]
 
 
-def exchange(
-    mask: jax.Array,
-    drop_score: jax.Array,
-    grow_score: jax.Array,
-    k: Any,
-    k_grow: Any,
-    grid: Grid,
-    *,
-    k_max: int,
-    regrow: bool,
-    selection: Selection,
-) -> jax.Array:
-    """`drop_and_grow` of each part of an array for itself.
+class Exchange(NamedTuple):
+    """What one array exchanges, in each of its parts for itself; see `drop_and_grow`."""
+
+    mask: jax.Array
+    drop_score: jax.Array
+    grow_score: jax.Array
+    grid: Grid  # how many parts each axis has
+    k: Any  # for each part: a scalar, or with an axis for each axis of more than one part
+    k_grow: Any  # as k, or None
+    k_max: int  # of a part
+
+
+def exchange(rows: Sequence[Exchange], *, regrow: bool, selection: Selection) -> list[jax.Array]:
+    """`drop_and_grow` of many arrays: one search for what all of them drop, one for what they grow.
+
+    Arrays for which `top_k` is taken are searched one by one.
 
     Args:
-      mask, drop_score, grow_score: as there.
-      k, k_grow: for each part, scalars or with an axis for each axis of more than one part.
-      grid: how many parts each axis has.
-      k_max: of a part.
-      regrow: as there.
-      selection: as there.
+      rows: the arrays.
+      regrow, selection: as for `drop_and_grow`.
+
+    Returns:
+      Their new masks.
     """
-    selection = _resolve(selection, mask, k_max)
-    inner, shape = inner_axes(mask.shape, grid), mask.shape
-    double = any(jnp.result_type(x) == jnp.float64 for x in (drop_score, grow_score))
-    wide = jnp.float64 if double else jnp.float32
-    drop_score, grow_score = (
-        split(jnp.asarray(x).astype(wide), grid) for x in (drop_score, grow_score)
-    )
-    mask = split(mask, grid)
-    k_max = min(k_max, _size(mask, inner))
-    if k_max == 0:
-        return join(mask, shape, grid)
-    active, free = count(
-        inner, mask, ~mask & jnp.isfinite(grow_score), sharded=selection == "sharded"
-    )
+    result = [row.mask for row in rows]
+    sizes = [_size(row.mask, tuple(range(row.mask.ndim))) for row in rows]
+    able = [i for i, row in enumerate(rows) if min(row.k_max, sizes[i]) > 0]
+    turning = [_Turning.of(rows[i], regrow, selection) for i in able]
 
-    def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
-        k = jnp.clip(jnp.asarray(k), 0, k_max).astype(INDEX)
-        return by_part(k, mask, inner).clip(max=bound)
-
-    k = clip(k, active)
-    if k_grow is not None:
-        k_grow = clip(k_grow, free + k if regrow else free)
-    else:
-        k_grow = k = k if regrow else k.clip(max=free)
-
-    largest_float = jnp.finfo(wide).max
-
-    def turn(phase: jax.Array, now: jax.Array) -> jax.Array:
+    def turn(phase: jax.Array, masks: list[jax.Array]) -> list[jax.Array]:
         """Phase 0 turns the worst active entries off, phase 1 the best inactive ones on."""
-        dropping = phase == 0
-        raw = jnp.where(dropping, -drop_score, grow_score)
-        # NaN is dropped last and never grown. A dropped entry without a finite grow score comes
-        # back only if nothing else is left, which is the same as not having dropped it.
-        score = jnp.where(jnp.isfinite(raw), raw, -largest_float)
-        score = jnp.where(dropping & (raw == jnp.inf), largest_float, score)
-        eligible = jnp.where(dropping, mask, ~mask & jnp.isfinite(raw))
-        if regrow:
-            eligible |= mask & ~now
-        # Subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them.
-        score = jnp.where(jnp.abs(score) < jnp.finfo(wide).tiny, jnp.zeros((), wide), score)
-        score = jnp.where(eligible, score, -jnp.inf)
-        return now ^ _largest(score, inner, jnp.where(dropping, k, k_grow), k_max, selection)
+        found: list[Any] = [None] * len(masks)
+        searches = {}
+        for i, (row, now) in enumerate(zip(turning, masks, strict=True)):
+            score, k = row.score(phase == 0, now), jnp.where(phase == 0, row.k, row.k_grow)
+            if row.selection == "top_k":
+                found[i] = _largest_top_k(score, row.inner, k, row.k_max)
+            else:
+                searches[i] = _search(score, row.inner, k, row.selection)
+        for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
+            found[i] = mask
+        return [now ^ new for now, new in zip(masks, found, strict=True)]
 
     # A loop, not two calls: half the code to compile, and both phases use the same memory.
-    return join(lax.fori_loop(0, 2, turn, mask), shape, grid)
+    masks = lax.fori_loop(0, 2, turn, [row.mask for row in turning]) if able else []
+    for i, mask in zip(able, masks, strict=True):
+        result[i] = join(mask, rows[i].mask.shape, rows[i].grid)
+    return result
+
+
+class _Turning(NamedTuple):
+    """An `Exchange` cut into its parts, with counts that are possible."""
+
+    mask: jax.Array
+    drop_score: jax.Array  # float32 or float64
+    grow_score: jax.Array
+    inner: tuple[int, ...]  # axes within a part
+    k: jax.Array
+    k_grow: jax.Array
+    k_max: int
+    regrow: bool
+    selection: Selection
+
+    @classmethod
+    def of(cls, row: Exchange, regrow: bool, selection: Selection) -> "_Turning":
+        """Clip the counts to `k_max`, and to the active and the free entries."""
+        inner = inner_axes(row.mask.shape, row.grid)
+        scores = [jnp.asarray(x) for x in (row.drop_score, row.grow_score)]
+        wide = jnp.float64 if any(x.dtype == jnp.float64 for x in scores) else jnp.float32
+        drop, grow = (split(x.astype(wide), row.grid) for x in scores)
+        mask = split(row.mask, row.grid)
+        k_max = min(row.k_max, _size(mask, inner))
+        selection = _resolve(selection, row.mask, k_max)
+        sharded = selection == "sharded"
+        active, free = count(inner, mask, ~mask & jnp.isfinite(grow), sharded=sharded)
+
+        def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
+            k = jnp.clip(jnp.asarray(k), 0, k_max).astype(INDEX)
+            return by_part(k, mask, inner).clip(max=bound)
+
+        k = clip(row.k, active)
+        if row.k_grow is not None:
+            k_grow = clip(row.k_grow, free + k if regrow else free)
+        else:
+            k_grow = k = k if regrow else k.clip(max=free)
+        return cls(mask, drop, grow, inner, k, k_grow, k_max, regrow, selection)
+
+    def score(self, dropping: jax.Array, now: jax.Array) -> jax.Array:
+        """What is turned first where it is largest; minus infinity where it must not be.
+
+        NaN is dropped last and never grown. A dropped entry without a finite grow score comes
+        back only if nothing else is left, which is the same as not having dropped it.
+        """
+        raw = jnp.where(dropping, -self.drop_score, self.grow_score)
+        limits = jnp.finfo(raw.dtype)
+        score = jnp.where(jnp.isfinite(raw), raw, -limits.max)
+        score = jnp.where(dropping & (raw == jnp.inf), limits.max, score)
+        eligible = jnp.where(dropping, self.mask, ~self.mask & jnp.isfinite(raw))
+        if self.regrow:
+            eligible |= self.mask & ~now
+        # Subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them.
+        score = jnp.where(jnp.abs(score) < limits.tiny, jnp.zeros((), raw.dtype), score)
+        return jnp.where(eligible, score, -jnp.inf)

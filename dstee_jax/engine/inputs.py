@@ -1,75 +1,85 @@
-"""What one call of `update` was given, flattened, and a round over it."""
+"""What one call of `update` was given, flattened, and what a step changes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 
-from dstee_jax.engine.config import Sparse
-from dstee_jax.engine.packed import new_indices
-from dstee_jax.engine.round import update_topology
-from dstee_jax.masks.counts import Facts
+from dstee_jax.engine.config import Config
+from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.stacking import by_layer
 from dstee_jax.state import NO_GRAD, Leaf, LeafWithoutGrad
-from dstee_jax.trees import PyTree, is_dense, masked
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, masked, path_name
 
 
-class Changing(NamedTuple):
+class Carry(NamedTuple):
     """What a step changes; lists have an entry for each leaf, `MaskedNode` where it has none.
 
     Attributes:
-      masks, counters, plan_state, indices, inner_state: as in `SparseState`.
-      emitted: of packed leaves, the updates or the parameters, whole.
+      inner_state, masks, counters, plan_state, indices: as in `SparseState`.
+      params: if the step returns parameters.
+      updates: if it does not, once the optimizer has made them.
+      stays: before that, on the way to updates: which weights are active before and after the
+        round (of packed leaves, packed).
     """
 
+    inner_state: Any
     masks: list[Any]
     counters: list[Any]
     plan_state: Any
     indices: list[Any]
-    inner_state: Any = ()
-    emitted: Any = ()
+    params: Sequence[jax.Array] = ()
+    updates: Sequence[jax.Array] = ()
+    stays: Sequence[Any] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class StepInputs:
     """What one call was given; lists have an entry for each leaf of the parameters.
 
     Attributes:
-      sparse: what `transform` was asked for.
+      config: what `transform` was asked for.
       treedef: of the parameters.
       names: of the leaves.
-      facts: the counts and the cut of each, None where dense or unknown.
-      full: whether a leaf's mask is all ones for ever.
-      key: of the state.
+      specs: the counts and the cut of each, None where dense or unknown.
+      full: whether all weights of a leaf are active for ever, as far as shapes tell: then its
+        gradient is not masked, so that the program is the inner optimizer's bit for bit.
+      key: of the state, wrapped.
       count: of this step, from 1.
       weights: the parameters.
       grads: dense gradients, None if nobody passed them.
+      outgoing: what reaches the inner optimizer before it is masked: the gradients with the
+        penalty's term, or the updates that came down the chain.
       masks: before the step, `MaskedNode` where dense.
       counters: as masks.
       kept: each leaf's memory; of this step, once `remembered` has made it.
       sums: of the gradients, with `grow_batches`; of this step, once `added_up` has.
+      as_params: whether the step returns parameters, not updates.
+      extra: arguments of the inner optimizer.
     """
 
-    sparse: Sparse
+    config: Config
     treedef: Any
     names: list[str]
-    facts: list[Facts | None]
+    specs: list[LeafSpec | None]
     full: list[bool]
     key: jax.Array
     count: jax.Array
     weights: list[jax.Array]
     grads: list[Any]
+    outgoing: list[jax.Array]
     masks: list[Any]
     counters: list[Any]
     kept: list[Any]
     sums: list[Any]
+    as_params: bool
+    extra: dict[str, Any]
 
-    def tree(self, leaves: list[Any]) -> PyTree:
+    def tree(self, leaves: Sequence[Any]) -> PyTree:
         """A list of leaves as the parameters are."""
         return jax.tree.unflatten(self.treedef, leaves)
 
@@ -78,9 +88,14 @@ class Step:
         """Which leaves have a mask."""
         return [i for i, mask in enumerate(self.masks) if not is_dense(mask)]
 
+    def masked(self, masks: Sequence[Any]) -> list[jax.Array]:
+        """What reaches the inner optimizer: zero where a weight is inactive."""
+        rows = zip(masks, self.outgoing, self.full, strict=True)
+        return [x if full else masked(mask, x) for mask, x, full in rows]
+
     def view(self, i: int, weight: jax.Array, grad: Any, mask: Any, counter: Any) -> Leaf:
         """The i-th leaf as scores see it."""
-        facts = self.facts[i]
+        spec = self.specs[i]
         return (Leaf if grad is not None else LeafWithoutGrad)(
             param=masked(mask, weight),
             grad=grad,
@@ -89,50 +104,45 @@ class Step:
             key=jax.random.fold_in(jax.random.fold_in(self.key, self.count), i),
             count=self.count,
             rule_state=self.kept[i],
-            target=None if facts is None else facts.of_layer(weight.shape),
+            target=None if spec is None else spec.of_layer(weight.shape),
         )
-
-    def weight_seen(self, i: int, update: jax.Array) -> jax.Array:
-        """What a round sees of the i-th leaf: its weights before the update, or after it."""
-        weight = self.weights[i]
-        return optax.apply_updates(weight, update) if self.sparse.update_weights else weight
 
     def _each(self, score: Score, number: int | None = None) -> dict[int, jax.Array]:
         """A score of every leaf with a mask, before the step; each layer for itself."""
         found = {}
         for i in self.moving:
             seen = self.weights[i], self.grads[i], self.masks[i], self.counters[i]
-            facts, leaf = self.facts[i], self.view(i, *seen)
+            spec, leaf = self.specs[i], self.view(i, *seen)
             if number is not None:
                 leaf = leaf._replace(key=jax.random.fold_in(leaf.key, number))
-            found[i] = by_layer(score, () if facts is None else facts.stack)(leaf)
+            found[i] = by_layer(score, () if spec is None else spec.stack)(leaf)
         return found
 
-    def penalised(self, grads: list[Any]) -> list[Any]:
-        """The gradients with the penalty's term."""
-        if self.sparse.penalty is None:
-            return grads
-        terms = self._each(self.sparse.penalty, 2)
+    def penalised(self) -> list[Any]:
+        """What goes out, with the penalty's term."""
+        if self.config.penalty is None:
+            return self.outgoing
+        terms = self._each(self.config.penalty, 2)
         return [
             grad + terms[i].astype(grad.dtype) if i in terms else grad
-            for i, grad in enumerate(grads)
+            for i, grad in enumerate(self.outgoing)
         ]
 
     def remembered(self) -> list[Any]:
         """The memories after this step."""
-        if self.sparse.memory is None:
+        if self.config.memory is None:
             return self.kept
-        new = self._each(self.sparse.memory.update)
+        new = self._each(self.config.memory.update)
         return [new.get(i, kept) for i, kept in enumerate(self.kept)]
 
     def added_up(self) -> list[Any]:
         """The sums of dense gradients over the last `grow_batches` steps before a round."""
-        batches = self.sparse.grow_batches
+        batches = self.config.grow_batches
         if batches == 1:
             return self.sums
         if any(grad is None for grad in self.grads):
             raise ValueError(f"grow_batches={batches} sums gradients: {NO_GRAD}")
-        left = self.sparse.rounds.until(self.count)
+        left = self.config.rounds.until(self.count)
         wanted = [i for i, sum_ in enumerate(self.sums) if not is_dense(sum_)]
 
         def add() -> list[jax.Array]:
@@ -149,46 +159,22 @@ class Step:
             result[i] = value
         return result
 
-    def round(self, due: jax.Array, now: Changing, weight: Callable[[int], jax.Array]) -> Changing:
-        """The masks, counters and indices after a round.
 
-        Args:
-          due: True, as `update_topology` has it.
-          now: before it.
-          weight: gives the i-th leaf's weights.
-        """
-        moving, batches = self.moving, self.sparse.grow_batches
-
-        def leaf(j: int) -> Leaf:
-            i = moving[j]
-            grad = self.sums[i] / batches if batches > 1 else self.grads[i]
-            return self.view(i, weight(i), grad, now.masks[i], now.counters[i])
-
-        masks, counters, plan_state = update_topology(
-            self.sparse.rule,
-            self.sparse.rounds,
-            [self.names[i] for i in moving],
-            [fact for i in moving if (fact := self.facts[i]) is not None],
-            leaf,
-            self.count,
-            now.plan_state,
-            due,
-        )
-        new_masks, new_counters = list(now.masks), list(now.counters)
-        for i, mask, counter in zip(moving, masks, counters, strict=True):
-            new_masks[i], new_counters[i] = mask, counter
-        return now._replace(
-            masks=new_masks,
-            counters=new_counters,
-            plan_state=plan_state,
-            indices=new_indices(new_masks, now.indices),
-        )
-
-
-def leaves_like(treedef: Any, tree: PyTree, what: str) -> list[jax.Array]:
+def leaves_like(params: PyTree, tree: PyTree, what: str) -> list[jax.Array]:
+    """The leaves of a tree that must have the structure and the shapes of the parameters."""
+    treedef: Any = jax.tree.structure(params)
     if jax.tree.structure(tree) != treedef:
         raise ValueError(
             f"{what} and params have different structures, {jax.tree.structure(tree)} and "
             f"{treedef}: differentiate with respect to these params."
         )
-    return jax.tree.leaves(tree)
+    leaves = jax.tree.leaves(tree)
+    paths = [path for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
+    for path, leaf, param in zip(paths, leaves, jax.tree.leaves(params), strict=True):
+        if jnp.shape(leaf) != jnp.shape(param):
+            raise ValueError(
+                f"{what} of {path_name(path)} has shape {jnp.shape(leaf)}, the parameter "
+                f"{jnp.shape(param)}: average gradients of single examples or devices over their "
+                "axis first."
+            )
+    return leaves
