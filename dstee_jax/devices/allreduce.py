@@ -9,6 +9,7 @@ from jax import lax
 
 from dstee_jax.engine.packing import put, take
 from dstee_jax.selection.bisection import INDEX, linear_index
+from dstee_jax.selection.parts import varying_axes
 from dstee_jax.state import get_states
 from dstee_jax.trees import PyTree, is_dense, mask_leaves
 
@@ -125,15 +126,10 @@ def _in_one(reduce: Any, arrays: list[jax.Array]) -> list[jax.Array]:
 
 def _check_varying(leaves: list[jax.Array], axis_name: Any) -> None:
     names = set(axis_name) if isinstance(axis_name, tuple) else {axis_name}
-    checked = _varies_over(lax.axis_index(axis_name)) >= names  # else types say nothing
-    if checked and any(not names <= _varies_over(x) for x in leaves):
+    checked = varying_axes(lax.axis_index(axis_name)) >= names  # else types say nothing
+    if checked and any(not names <= varying_axes(x) for x in leaves):
         raise ValueError(
             f"a gradient does not differ between the devices of {axis_name!r}: JAX has summed it "
             "already, dense, since it was taken with respect to replicated parameters. "
             f"Differentiate with respect to jax.lax.pcast(params, {axis_name!r}, to='varying')."
         )
-
-
-def _varies_over(x: jax.Array) -> set[str]:
-    """The manual mesh axes over whose devices x may differ, as its type says."""
-    return set(jax.typeof(x).manual_axis_type.varying)

@@ -19,6 +19,6 @@ def at_most_once(due: Any, function: Callable[..., Any], carry: Any) -> Any:
 
     def once(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         due, carry = loop
-        return due & False, lax.cond(due, lambda x: function(due, x), lambda x: x, carry)
+        return due & False, function(due, carry)
 
     return lax.while_loop(lambda loop: loop[0], once, (due, carry))[1]

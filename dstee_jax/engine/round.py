@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
+from dstee_jax.engine.alike import alike, stacked, unstacked
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.inputs import Carry, StepInputs
 from dstee_jax.engine.packing import new_indices
@@ -72,14 +72,14 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
                 _row(config, specs[i], leaf, *amounts[i])
                 for i, leaf in zip(group, views, strict=True)
             ]
-            new = _exchange(config.rule, rows, [specs[i] for i in group])
+            new = _exchange(inputs, group, rows)
             pairs = zip(views, new, strict=True)
             return [(mask, _add(config.rule, leaf, mask)) for leaf, mask in pairs]
 
         def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
             return [(masks[i], counters[i]) for i in group]
 
-        changed = round_() if due is True else lax.cond(due, round_, keep)
+        changed = round_()
         for i, pair in zip(group, changed, strict=True):
             masks[i], counters[i] = pair
     return now._replace(
@@ -127,14 +127,20 @@ def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exc
     return Exchange(leaf.mask, scores[0], scores[1], spec.grid, k, k_grow, k_max)
 
 
-def _exchange(rule: Rule, rows: list[Exchange], specs: list[LeafSpec]) -> list[jax.Array]:
-    """New masks, by one search for what is dropped and one for what grows."""
-    pairs = list(zip(rows, specs, strict=True))
+def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> list[jax.Array]:
+    """New masks of some leaves, by one search for what is dropped and one for what grows."""
+    rule, names = inputs.config.rule, [inputs.names[i] for i in group]
+    pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
     if rule.searches_alone:
         return [rule.exchange_alone(*pair) for pair in pairs]
     reduced = [rule.reduce(*pair) for pair in pairs]
-    new = exchange(reduced, regrow=rule.regrow, selection=rule.selection)
-    return [rule.expand(mask, *pair) for mask, pair in zip(new, pairs, strict=True)]
+    places = alike(names, reduced)
+    stacks = [[reduced[j] for j in part] for part in places]
+    new = exchange(list(map(stacked, stacks)), regrow=rule.regrow, selection=rule.selection)
+    masks: dict[int, jax.Array] = {}
+    for part, stack, mask in zip(places, stacks, new, strict=True):
+        masks.update(zip(part, unstacked(mask, stack), strict=True))
+    return [rule.expand(masks[j], *pair) for j, pair in enumerate(pairs)]
 
 
 def _groups(moving: list[int], masks: list[Any], limit: int) -> list[list[int]]:

@@ -5,14 +5,14 @@ Several arrays may be searched as one, one array part by part, and many searches
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dstee_jax.selection.parts import by_part, sharding_of
+from dstee_jax.selection.parts import by_part, is_sharded, sharding_of, varying_axes
 
 INDEX = jnp.uint32  # of counts and indices: up to 2**32 - 1 entries of a part
 
@@ -42,11 +42,18 @@ def count(
 ) -> tuple[jax.Array, ...]:
     """How many entries of each bool array are True along axes: one pass over all of them.
 
-    One variadic reduce, which XLA vectorises on CPU where it does not a plain sum of bools:
-    give it two arrays at least. Between devices it would be an all-gather of every device's
+    One variadic reduce, which XLA vectorises on CPU where it does not a plain sum of bools: one
+    array is counted in two halves. Between devices it would be an all-gather of every device's
     counts; so axes that are split are summed by themselves, which is an all-reduce. Explicit
     mesh axes are seen in the type; for Auto ones `sharded` says it, and all sums are plain.
     """
+    if len(predicates) == 1 and axes and not sharded:
+        (single,) = predicates
+        place = lax.broadcasted_iota(
+            INDEX, single.shape, axes[-1], out_sharding=sharding_of(single)
+        )
+        odd = (place & jnp.ones((), INDEX)).astype(bool)
+        return (functools.reduce(jnp.add, count(axes, single & odd, single & ~odd)),)
     ones = tuple(p.astype(INDEX) for p in predicates)
     spec = jax.typeof(ones[0]).sharding.spec
     apart = axes if sharded else tuple(axis for axis in axes if spec[axis] is not None)
@@ -73,11 +80,6 @@ class Keys(NamedTuple):
         """A value for each part, to broadcast against the bits."""
         return jnp.expand_dims(per_part, self.inner) if per_part.ndim else per_part
 
-    def reaching(self, *thresholds: jax.Array) -> tuple[jax.Array, ...]:
-        """How many keys of each part reach each threshold."""
-        reached = (self.bits >= self.spread(t) for t in thresholds)
-        return count(self.inner, *reached, sharded=self.sharded)
-
 
 class Search(NamedTuple):
     """The k largest of some keys, in each part for itself."""
@@ -94,60 +96,13 @@ class Search(NamedTuple):
 class Found(NamedTuple):
     """For each part of a search: a threshold that at least k entries reach, and no smaller set."""
 
-    threshold: jax.Array  # of the keys' dtype
+    threshold: jax.Array
     reached: jax.Array  # INDEX: how many entries are at least the threshold
     above: jax.Array  # INDEX: how many are above it; exact unless reached == k
 
 
-def _kth_largest(searches: Sequence[Search], bits: int) -> list[Found]:
-    """Find the k-th largest key of each search, of all searches in one loop.
-
-    Fixes two bits a pass, from the top, and stops early once exactly k entries are reached
-    everywhere. On devices the counts of all searches travel together.
-
-    Returns:
-      For each search: `reached == k`, or `reached > k` and `threshold` is the k-th largest value,
-      whose ties are still to be broken.
-    """
-
-    def unfinished(carry: tuple[jax.Array, list[Found]]) -> jax.Array:
-        shift, found = carry
-        rows = zip(found, searches, strict=True)
-        return (shift >= 0) & _any([jnp.any(f.reached != s.k) for f, s in rows])
-
-    def two_bits(carry: tuple[jax.Array, list[Found]]) -> tuple[jax.Array, list[Found]]:
-        shift, found = carry
-        return shift - 2, [_narrow(s, f, shift) for s, f in zip(searches, found, strict=True)]
-
-    def start(search: Search) -> Found:
-        zeros = jnp.zeros_like(search.k)
-        everything = jnp.full_like(search.k, search.size)
-        return Found(zeros.astype(search.keys[0].bits.dtype), everything, zeros)
-
-    top = jnp.int32(bits + bits % 2 - 2)
-    # The first pass outside the loop: under shard_map it gives the carry the key's own type.
-    carry = two_bits((top, list(map(start, searches))))
-    return lax.while_loop(unfinished, two_bits, carry)[1]
-
-
-def _narrow(search: Search, found: Found, shift: jax.Array) -> Found:
-    """A threshold with two more bits, at `shift`."""
-    threshold, reached, above = found
-    dtype = threshold.dtype
-    step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
-    tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-    by_array = [key.reaching(*tries) for key in search.keys]
-    counts = [functools.reduce(jnp.add, c) for c in zip(*by_array, strict=True)]
-    for candidate, n in zip(tries, counts, strict=True):
-        threshold = jnp.where(n >= search.k, candidate, threshold)
-        reached = jnp.where(n >= search.k, n, reached)
-    for n in reversed(counts):
-        above = jnp.where(n < search.k, n, above)
-    return Found(threshold, reached, above)
-
-
-def _any(flags: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.logical_or, flags)
+# How many entries of each part reach each of three thresholds.
+_Reaching = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
 
 
 def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
@@ -163,47 +118,153 @@ def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
     if not searches:
         return []
     searches = [s._replace(k=by_part(s.k, s.keys[0].bits, s.keys[0].inner)) for s in searches]
-    found = _kth_largest(searches, 8 * searches[0].keys[0].bits.dtype.itemsize)
-    ready = ~_any([jnp.any(f.reached != s.k) for f, s in zip(found, searches, strict=True)])
+    wanted = [s.k for s in searches]
+    bits = 8 * searches[0].keys[0].bits.dtype.itemsize
+    found = _bisect([_start(s) for s in searches], wanted, list(map(_reaching, searches)), bits)
+    # Few arrays have ties. Where nothing is split over devices, the others are not read again.
+    alone = not any(key.sharded or is_sharded(key.bits) for s in searches for key in s.keys)
 
-    def at_least() -> list[list[jax.Array]]:
-        return [
-            [key.bits >= key.spread(f.threshold) for key in s.keys]
-            for s, f in zip(searches, found, strict=True)
+    def lowest_index() -> list[jax.Array]:
+        # A part without ties has its k already (then `above` may not be exact): all its entries.
+        everything = [jnp.full_like(s.k, s.size) for s in searches]
+        left = [
+            jnp.where(f.reached == k, n, k - f.above)
+            for f, k, n in zip(found, wanted, everything, strict=True)
         ]
+        counting = [_reaching_ties(*row) for row in zip(searches, found, strict=True)]
+        bits = max(s.size for s in searches).bit_length()
+        start = [_start(s, INDEX) for s in searches]
+        return [f.threshold for f in _bisect(start, left, counting, bits, alone)]
 
-    def break_ties() -> list[list[jax.Array]]:
-        ranks = [_ranks(s, f) for s, f in zip(searches, found, strict=True)]
-        last = _kth_largest(ranks, max(s.size for s in searches).bit_length())
-        return [_with_ties(*row) for row in zip(searches, found, ranks, last, strict=True)]
-
-    return lax.cond(ready, at_least, break_ties)
-
-
-def _ranks(search: Search, found: Found) -> Search:
-    """What to search for the ties to keep: reversed indices, 0 for entries that are not tied."""
-    left = search.size
-    ranks = []
-    for key in search.keys:
-        reverse = jnp.array(left, INDEX) - linear_index(key.bits.shape, key.inner, key.bits)
-        tied = key.bits == key.spread(found.threshold)
-        ranks.append(key._replace(bits=jnp.where(tied, reverse, jnp.zeros((), INDEX))))
-        left -= key.size
-    # A part without ties has its k already (then `above` may not be exact): all its entries.
-    everything = jnp.full_like(search.k, search.size)
-    return Search(ranks, jnp.where(found.reached == search.k, everything, search.k - found.above))
+    unique = ~_any([jnp.any(f.reached != k) for f, k in zip(found, wanted, strict=True)])
+    first = lax.cond(unique, lambda: [jnp.zeros_like(f.above) for f in found], lowest_index)
+    return [_at_least(*row) for row in zip(searches, found, first, strict=True)]
 
 
-def _with_ties(search: Search, found: Found, ranks: Search, last: Found) -> list[jax.Array]:
-    """The entries above the threshold, and of those at it the ones of lowest index."""
-    return [
-        jnp.where(
-            key.spread(found.reached == search.k),
-            key.bits >= key.spread(found.threshold),
-            (key.bits > key.spread(found.threshold)) | (rank.bits >= rank.spread(last.threshold)),
+def _bisect(
+    found: list[Found],
+    wanted: list[jax.Array],
+    reaching: list[_Reaching],
+    bits: int,
+    alone: bool = False,
+) -> list[Found]:
+    """Find the k-th largest entry of each part of each search, of all searches in one loop.
+
+    Fixes two bits a pass, from the top, and stops early once exactly k entries are reached
+    everywhere. On devices the counts of all searches travel together.
+
+    Args:
+      found: where to begin, for each search.
+      wanted: k of each.
+      reaching: counts for each.
+      bits: of the thresholds.
+      alone: a search that has its k is left out of further passes, by a conditional of its own.
+
+    Returns:
+      For each search: `reached == k`, or `reached > k` and `threshold` is the k-th largest value,
+      whose ties are still to be broken.
+    """
+
+    def unfinished(carry: tuple[jax.Array, list[Found]]) -> jax.Array:
+        shift, found = carry
+        missing = [jnp.any(f.reached != k) for f, k in zip(found, wanted, strict=True)]
+        return (shift >= 0) & _any(missing)
+
+    def two_bits(carry: tuple[jax.Array, list[Found]]) -> tuple[jax.Array, list[Found]]:
+        shift, found = carry
+        rows = zip(found, wanted, reaching, strict=True)
+        return shift - 2, [one(*row, shift) for row in rows]
+
+    def one(found: Found, k: jax.Array, reaching: _Reaching, shift: jax.Array) -> Found:
+        if not alone:
+            return _narrow(found, k, reaching, shift)
+        missing = jnp.any(found.reached != k)
+        return lax.cond(missing, lambda f: _narrow(f, k, reaching, shift), lambda f: f, found)
+
+    first = jnp.int32(bits + bits % 2 - 2)
+    return lax.while_loop(unfinished, two_bits, (first, found))[1]
+
+
+def _narrow(found: Found, k: jax.Array, reaching: _Reaching, shift: jax.Array) -> Found:
+    """A threshold with two more bits, at `shift`."""
+    threshold, reached, above = found
+    dtype = threshold.dtype
+    step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
+    tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
+    counts = reaching(tries)
+    for candidate, n in zip(tries, counts, strict=True):
+        threshold = jnp.where(n >= k, candidate, threshold)
+        reached = jnp.where(n >= k, n, reached)
+    for n in reversed(counts):
+        above = jnp.where(n < k, n, above)
+    return Found(threshold, reached, above)
+
+
+def _start(search: Search, dtype: Any = None) -> Found:
+    """The threshold zero, which all entries reach.
+
+    In the type of what is counted: under shard_map, varying over the same mesh axes.
+    """
+    axes = functools.reduce(lambda a, b: a | b, [varying_axes(key.bits) for key in search.keys])
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    zeros = vary(jnp.zeros_like(search.k))
+    everything = vary(jnp.full_like(search.k, search.size))
+    return Found(zeros.astype(dtype or search.keys[0].bits.dtype), everything, zeros)
+
+
+def _reaching(search: Search) -> _Reaching:
+    def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return _summed(
+            count(key.inner, *(key.bits >= key.spread(t) for t in thresholds), sharded=key.sharded)
+            for key in search.keys
         )
-        for key, rank in zip(search.keys, ranks.keys, strict=True)
+
+    return counts
+
+
+def _reaching_ties(search: Search, found: Found) -> _Reaching:
+    """Of the entries at the threshold; the lower its index, the larger an entry."""
+
+    def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        by_array = []
+        for key, rank in zip(search.keys, _ranks(search), strict=True):
+            tied = key.bits == key.spread(found.threshold)
+            reached = (tied & (rank >= key.spread(t)) for t in thresholds)
+            by_array.append(count(key.inner, *reached, sharded=key.sharded))
+        return _summed(by_array)
+
+    return counts
+
+
+def _summed(by_array: Iterable[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    return tuple(functools.reduce(jnp.add, counts) for counts in zip(*by_array, strict=True))
+
+
+def _ranks(search: Search) -> list[jax.Array]:
+    """For each array of a search, how many entries of a part come after one, itself included."""
+    left, ranks = search.size, []
+    for key in search.keys:
+        index = linear_index(key.bits.shape, key.inner, key.bits)
+        ranks.append(jnp.array(left, INDEX) - index)
+        left -= key.size
+    return ranks
+
+
+def _at_least(search: Search, found: Found, first: jax.Array) -> list[jax.Array]:
+    """The entries above the threshold, and of those at it the ones of rank `first` or more."""
+    return [
+        (key.bits > key.spread(found.threshold))
+        | ((key.bits == key.spread(found.threshold)) & (rank >= key.spread(first)))
+        for key, rank in zip(search.keys, _ranks(search), strict=True)
     ]
+
+
+def _any(flags: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, flags)
 
 
 def _whole(array: jax.Array) -> Keys:

@@ -167,7 +167,8 @@ class Exchange(NamedTuple):
 def exchange(rows: Sequence[Exchange], *, regrow: bool, selection: Selection) -> list[jax.Array]:
     """`drop_and_grow` of many arrays: one search for what all of them drop, one for what they grow.
 
-    Arrays for which `top_k` is taken are searched one by one.
+    Arrays for which `top_k` is taken are searched one by one. Growth comes first, since what can
+    grow bounds what is dropped; with `regrow` the drop does, since what it drops can grow.
 
     Args:
       rows: the arrays.
@@ -176,82 +177,126 @@ def exchange(rows: Sequence[Exchange], *, regrow: bool, selection: Selection) ->
     Returns:
       Their new masks.
     """
-    result = [row.mask for row in rows]
     sizes = [_size(row.mask, tuple(range(row.mask.ndim))) for row in rows]
     able = [i for i, row in enumerate(rows) if min(row.k_max, sizes[i]) > 0]
-    turning = [_Turning.of(rows[i], regrow, selection) for i in able]
-
-    def turn(phase: jax.Array, masks: list[jax.Array]) -> list[jax.Array]:
-        """Phase 0 turns the worst active entries off, phase 1 the best inactive ones on."""
-        found: list[Any] = [None] * len(masks)
-        searches = {}
-        for i, (row, now) in enumerate(zip(turning, masks, strict=True)):
-            score, k = row.score(phase == 0, now), jnp.where(phase == 0, row.k, row.k_grow)
-            if row.selection == "top_k":
-                found[i] = _largest_top_k(score, row.inner, k, row.k_max)
-            else:
-                searches[i] = _search(score, row.inner, k, row.selection)
-        for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
-            found[i] = mask
-        return [now ^ new for now, new in zip(masks, found, strict=True)]
-
-    # A loop, not two calls: half the code to compile, and both phases use the same memory.
-    masks = lax.fori_loop(0, 2, turn, [row.mask for row in turning]) if able else []
-    for i, mask in zip(able, masks, strict=True):
-        result[i] = join(mask, rows[i].mask.shape, rows[i].grid)
+    cut = [_Cut.of(rows[i], selection) for i in able]
+    if regrow:
+        active = [c.counted(c.mask)[0] for c in cut]
+        drops = [c.clip(c.k, n) for c, n in zip(cut, active, strict=True)]
+        dropped = _best([c.worst(k) for c, k in zip(cut, drops, strict=True)])
+        growing = [c.to_grow(gone) for c, gone in zip(cut, dropped, strict=True)]
+        free = [c.counted(c.able(score))[0] for c, score in zip(cut, growing, strict=True)]
+    else:
+        growing = [c.to_grow(None) for c in cut]
+        counts = [c.counted(c.mask, c.able(score)) for c, score in zip(cut, growing, strict=True)]
+        drops = [c.clip(c.k, n) for c, (n, _) in zip(cut, counts, strict=True)]
+        free = [n for _, n in counts]
+    grows = [
+        (k if c.k_grow is None else c.clip(c.k_grow, n)).clip(max=n)
+        for c, k, n in zip(cut, drops, free, strict=True)
+    ]
+    grown = _best([c.best(*row) for c, *row in zip(cut, growing, grows, strict=True)])
+    if not regrow:
+        drops = [g if c.k_grow is None else k for c, k, g in zip(cut, drops, grows, strict=True)]
+        # Said with what has grown, though it is inactive: so the drop waits for the growth, whose
+        # keys leave it their memory.
+        waiting = [c._replace(mask=c.mask & ~new) for c, new in zip(cut, grown, strict=True)]
+        dropped = _best([c.worst(k) for c, k in zip(waiting, drops, strict=True)])
+    result = [row.mask for row in rows]
+    for i, c, gone, new in zip(able, cut, dropped, grown, strict=True):
+        result[i] = join((c.mask & ~gone) | new, rows[i].mask.shape, rows[i].grid)
     return result
 
 
-class _Turning(NamedTuple):
-    """An `Exchange` cut into its parts, with counts that are possible."""
+class _Best(NamedTuple):
+    """The k entries of highest score that are looked for in each part of an array."""
+
+    score: jax.Array
+    inner: tuple[int, ...]  # axes within a part
+    k: jax.Array
+    k_max: int
+    selection: Selection
+
+
+def _best(wanted: Sequence[_Best]) -> list[jax.Array]:
+    """Masks of what is looked for: one search for all but those for which `top_k` is taken."""
+    found: list[Any] = [None] * len(wanted)
+    searches = {}
+    for i, (score, inner, k, k_max, selection) in enumerate(wanted):
+        if selection == "top_k":
+            found[i] = _largest_top_k(score, inner, k, k_max)
+        else:
+            searches[i] = _search(score, inner, k, selection)
+    for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
+        found[i] = mask
+    return found
+
+
+class _Cut(NamedTuple):
+    """An `Exchange` cut into its parts."""
 
     mask: jax.Array
     drop_score: jax.Array  # float32 or float64
     grow_score: jax.Array
     inner: tuple[int, ...]  # axes within a part
-    k: jax.Array
-    k_grow: jax.Array
+    k: Any
+    k_grow: Any
     k_max: int
-    regrow: bool
     selection: Selection
 
     @classmethod
-    def of(cls, row: Exchange, regrow: bool, selection: Selection) -> "_Turning":
-        """Clip the counts to `k_max`, and to the active and the free entries."""
+    def of(cls, row: Exchange, selection: Selection) -> "_Cut":
+        """Split the arrays by the grid."""
         inner = inner_axes(row.mask.shape, row.grid)
         scores = [jnp.asarray(x) for x in (row.drop_score, row.grow_score)]
         wide = jnp.float64 if any(x.dtype == jnp.float64 for x in scores) else jnp.float32
-        drop, grow = (split(x.astype(wide), row.grid) for x in scores)
-        mask = split(row.mask, row.grid)
+        mask, drop, grow = (
+            split(x, row.grid) for x in (row.mask, *(x.astype(wide) for x in scores))
+        )
         k_max = min(row.k_max, _size(mask, inner))
-        selection = _resolve(selection, row.mask, k_max)
-        sharded = selection == "sharded"
-        active, free = count(inner, mask, ~mask & jnp.isfinite(grow), sharded=sharded)
+        how = _resolve(selection, row.mask, k_max)
+        return cls(mask, drop, grow, inner, row.k, row.k_grow, k_max, how)
 
-        def clip(k: jax.Array | int, bound: jax.Array) -> jax.Array:
-            k = jnp.clip(jnp.asarray(k), 0, k_max).astype(INDEX)
-            return by_part(k, mask, inner).clip(max=bound)
+    def clip(self, k: jax.Array | int, bound: jax.Array) -> jax.Array:
+        """A count for each part, from 0 to `k_max` and the bound."""
+        k = jnp.clip(jnp.asarray(k), 0, self.k_max).astype(INDEX)
+        return by_part(k, self.mask, self.inner).clip(max=bound)
 
-        k = clip(row.k, active)
-        if row.k_grow is not None:
-            k_grow = clip(row.k_grow, free + k if regrow else free)
-        else:
-            k_grow = k = k if regrow else k.clip(max=free)
-        return cls(mask, drop, grow, inner, k, k_grow, k_max, regrow, selection)
+    def counted(self, *entries: jax.Array) -> tuple[jax.Array, ...]:
+        """How many entries of each part are True in each array."""
+        return count(self.inner, *entries, sharded=self.selection == "sharded")
 
-    def score(self, dropping: jax.Array, now: jax.Array) -> jax.Array:
-        """What is turned first where it is largest; minus infinity where it must not be.
+    def able(self, score: jax.Array) -> jax.Array:
+        """Which entries can grow: by their keys, which are wanted anyway."""
+        return ordered_bits(score) > ordered_bits(jnp.array(-jnp.inf, score.dtype))
 
-        NaN is dropped last and never grown. A dropped entry without a finite grow score comes
-        back only if nothing else is left, which is the same as not having dropped it.
+    def worst(self, k: jax.Array) -> _Best:
+        """The k active entries of lowest drop score; NaN goes last."""
+        raw = -self.drop_score
+        score = jnp.where(raw == jnp.inf, jnp.finfo(raw.dtype).max, _finite(raw))
+        score = jnp.where(self.mask, score, -jnp.inf)
+        return _Best(score, self.inner, k, self.k_max, self.selection)
+
+    def to_grow(self, dropped: jax.Array | None) -> jax.Array:
+        """The grow score of what may grow, minus infinity elsewhere.
+
+        A dropped entry without a finite score comes back only if nothing else is left, which is
+        the same as not having dropped it.
         """
-        raw = jnp.where(dropping, -self.drop_score, self.grow_score)
-        limits = jnp.finfo(raw.dtype)
-        score = jnp.where(jnp.isfinite(raw), raw, -limits.max)
-        score = jnp.where(dropping & (raw == jnp.inf), limits.max, score)
-        eligible = jnp.where(dropping, self.mask, ~self.mask & jnp.isfinite(raw))
-        if self.regrow:
-            eligible |= self.mask & ~now
-        # Subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them.
-        score = jnp.where(jnp.abs(score) < limits.tiny, jnp.zeros((), raw.dtype), score)
-        return jnp.where(eligible, score, -jnp.inf)
+        eligible = ~self.mask & jnp.isfinite(self.grow_score)
+        eligible = eligible if dropped is None else eligible | dropped
+        return jnp.where(eligible, _finite(self.grow_score), -jnp.inf)
+
+    def best(self, score: jax.Array, k: jax.Array) -> _Best:
+        """The k entries of highest score."""
+        return _Best(score, self.inner, k, self.k_max, self.selection)
+
+
+def _finite(score: jax.Array) -> jax.Array:
+    """A score without infinities and NaN, which become the lowest one.
+
+    Subnormal numbers and -0.0 become 0.0, as CPU arithmetic sees them.
+    """
+    limits = jnp.finfo(score.dtype)
+    score = jnp.where(jnp.isfinite(score), score, -limits.max)
+    return jnp.where(jnp.abs(score) < limits.tiny, jnp.zeros((), score.dtype), score)

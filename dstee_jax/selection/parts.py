@@ -26,6 +26,11 @@ def sharding_of(x: jax.Array) -> NamedSharding | None:
     return jax.typeof(x).sharding if is_sharded(x) else None
 
 
+def varying_axes(x: jax.Array) -> set[str]:
+    """The manual mesh axes over whose devices x may differ, as its type says."""
+    return set(jax.typeof(x).manual_axis_type.varying)
+
+
 def cut_axes(grid: Grid) -> list[int]:
     """Axes with more than one part."""
     return [axis for axis, parts in enumerate(grid) if parts > 1]
