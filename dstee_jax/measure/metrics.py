@@ -8,6 +8,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.rules.units import input_axes, output_units
 from dstee_jax.state import SparseState, get_state
 from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
@@ -68,19 +69,21 @@ def exploitation_degree(
     return loss_fn(params) - loss_fn(jax.tree.map(jnp.add, params, grown))
 
 
-def empty_units(mask: jax.Array) -> jax.Array:
-    """Number of output units (last axis) without any active weight; int32, shape ().
+def empty_units(mask: jax.Array, *, output_axis: int = -1) -> jax.Array:
+    """Number of output units without any active weight; int32, shape ().
 
     Such a unit computes a constant. Growth by gradient, which fills few units, and dropping by
     magnitude can empty many; `structures.constant_fan_in()` keeps all of them fed.
 
     Args:
-      mask: bool array of 1 dimension or more.
+      mask: bool array.
+      output_axis: of the units: -1 for kernels (..., inputs, outputs), as Flax has them, 0 for
+        (outputs, inputs, ...), as Equinox and PyTorch have them.
     """
-    return jnp.sum(~jnp.any(mask, axis=tuple(range(mask.ndim - 1))), dtype=jnp.int32)
+    return jnp.sum(~jnp.any(mask, axis=input_axes(mask.shape, output_axis)), dtype=jnp.int32)
 
 
-def summary(opt_state: PyTree, params: PyTree = None) -> str:
+def summary(opt_state: PyTree, params: PyTree = None, *, output_axis: int = -1) -> str:
     """A table by leaf, and what stays dense.
 
     The columns are shape, weights, active, explored, empty output units, and the leaf's share of
@@ -91,6 +94,7 @@ def summary(opt_state: PyTree, params: PyTree = None) -> str:
     Args:
       opt_state: a `SparseState`, or an optax state with one in it; concrete, not traced.
       params: the parameters that the state belongs to, or their shapes.
+      output_axis: of the units, as for `empty_units`.
 
     Returns:
       Text of several lines, to print.
@@ -109,7 +113,8 @@ def summary(opt_state: PyTree, params: PyTree = None) -> str:
     for (path, mask), counter in zip(masks, counters, strict=True):
         if not is_dense(mask):
             numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
-            numbers += [int(empty_units(mask)), mask.shape[-1] if mask.ndim else 1]
+            numbers.append(int(empty_units(mask, output_axis=output_axis)))
+            numbers.append(output_units(mask.shape, output_axis))
             rows.append((path_name(path), _times(mask.shape), numbers))
     total = [sum(numbers[i] for *_, numbers in rows) for i in range(5)]
     rows.append(("total", "", total))
