@@ -77,7 +77,8 @@ def test_nnx():
     state = dstee.get_state(optimizer.opt_state)
     np.testing.assert_allclose(dstee.density(optimizer.opt_state), 0.2, atol=0.01)
     assert float(dstee.exploration_degree(optimizer.opt_state)) > 0.2
-    assert "kernel" in dstee.summary(optimizer.opt_state)
+    params = nnx.state(model, nnx.Param)
+    assert dstee.summary(optimizer.opt_state, params).splitlines()[-1].startswith("network ")
     kernel = model.layers[0].kernel[...]
     mask = state.masks["layers"][0]["kernel"]
     assert not jnp.any(jnp.where(mask, 0, kernel))
@@ -317,6 +318,26 @@ def test_metrics():
     w, grown = {"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 2.0])}
     degree = dstee.exploitation_degree(lambda p: jnp.sum((p["w"] - 1) ** 2), w, grown)
     assert float(degree) == (4 + 1) - (4 + 1)
+
+
+def test_summary_ends_with_what_stays_dense():
+    params = {
+        "embed": {"embedding": jnp.ones((50, 16))},
+        "head": {"kernel": jnp.ones((16, 32)), "bias": jnp.ones(32)},
+        "scale": jnp.ones(()),
+    }
+    state = optax.chain(make(sparsity=0.5)).init(params)
+    *_, total, names = dstee.summary(state).splitlines()
+    assert total.split()[:2] == ["total", "512"]
+    assert names == "dense: embed/embedding, head/bias, scale"
+    *_, table, rest, network = dstee.summary(state, params).splitlines()
+    assert table.split()[:5] == ["dense:", "embed/embedding", "50×16", "800", "800"]
+    assert rest.split()[:6] == ["dense:", "2", "vectors", "and", "scalars", "33"]
+    assert network.split() == ["network", "1,345", "1,089", "(", "81.0%)"]  # 256 + 800 + 33
+    shapes = jax.eval_shape(lambda: params)
+    assert dstee.summary(state, shapes) == dstee.summary(state, params)
+    with pytest.raises(ValueError, match="masks have nothing for other"):
+        dstee.summary(state, params | {"other": jnp.ones(3)})
 
 
 def test_rescale_restores_the_variance():

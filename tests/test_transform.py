@@ -435,7 +435,7 @@ def test_bad_trees():
     with pytest.raises(ValueError, match=r"shape \(4,\)"):
         dstee.rescale({"kernel": jnp.ones((4, 4))}, {"kernel": jnp.ones(4, bool)})
     with pytest.raises(ValueError, match="same name"):
-        dstee.init_masks({"a/b": jnp.ones((4, 4)), "a": {"b": jnp.ones((9, 9))}}, 0.5, KEY)
+        dstee.init_masks({"a/w": jnp.ones((4, 4)), "a": {"w": jnp.ones((9, 9))}}, 0.5, KEY)
     with pytest.raises(ValueError, match="not one PRNG key"):
         dstee.init_masks({"a": jnp.ones((4, 4))}, 0.5, 0)
 

@@ -22,6 +22,7 @@ from dstee_jax.masks import distributions
 from dstee_jax.masks.counts import Where
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.where import kernels
+from dstee_jax.rules.units import output_units
 from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
 
@@ -172,6 +173,7 @@ def synflow(
     *,
     where: Where = kernels,
     rounds: int = 100,
+    output_axis: int = -1,
 ) -> PyTree:
     """SynFlow: prune step by step by the flow of ones through absolute weights; needs no data.
 
@@ -189,6 +191,8 @@ def synflow(
       key: not used; None will do.
       where: `(path, leaf) -> bool`, which leaves are sparse.
       rounds: pruning rounds, at least 1.
+      output_axis: of a leaf's units: -1 for kernels (..., inputs, outputs), as Flax has them, 0
+        for (outputs, inputs, ...), as Equinox and PyTorch have them.
 
     Returns:
       The structure of `params`: a bool array for each selected leaf, `optax.MaskedNode()` for
@@ -235,7 +239,7 @@ def synflow(
         scaled = []
         for w, mask in zip(weights, masks, strict=True):
             active = jnp.where(mask, w, 0)
-            into = jnp.sum(active) / active.shape[-1]
+            into = jnp.sum(active) / output_units(active.shape, output_axis)
             scaled.append(active / jnp.where(into > 0, into, 1))
         return [w * g for w, g in zip(scaled, jax.grad(flow)(scaled), strict=True)]
 

@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from dstee_jax.masks.given import fitting_masks
+from dstee_jax.rules.units import input_axes
 from dstee_jax.trees import PyTree, is_dense, mask_leaves
 
 
-def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
+def rescale(
+    params: PyTree, masks: PyTree, *, per_unit: bool = False, output_axis: int = -1
+) -> PyTree:
     """Multiply the weights of each sparse leaf by sqrt(dense fan-in / active fan-in).
 
     Initialisers choose the variance of a weight from the fan-in of the dense layer. With 5% of
@@ -18,8 +21,10 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
     Args:
       params: pytree of arrays, freshly initialised.
       masks: masks with the structure of `params`, or an optimizer state that holds them.
-      per_unit: use the active fan-in of each output unit (the last axis) instead of the mean
-        of the leaf; a unit without any active weight is left as it is.
+      per_unit: use the active fan-in of each output unit instead of the mean of the leaf; a
+        unit without any active weight is left as it is.
+      output_axis: of the units: -1 for kernels (..., inputs, outputs), as Flax has them, 0 for
+        (outputs, inputs, ...), as Equinox and PyTorch have them.
 
     Returns:
       `params`, rescaled in their own dtypes, and zero where a mask is False.
@@ -30,7 +35,7 @@ def rescale(params: PyTree, masks: PyTree, *, per_unit: bool = False) -> PyTree:
     """
 
     def scaled(leaf: jax.Array, mask: jax.Array) -> jax.Array:
-        axes = tuple(range(mask.ndim - 1)) if per_unit else None
+        axes = input_axes(mask.shape, output_axis) if per_unit else None
         share = jnp.mean(mask, axis=axes, keepdims=True, dtype=jnp.float32)
         factor = jnp.sqrt(1.0 / jnp.where(share > 0, share, 1.0))
         return jnp.where(mask, leaf * factor.astype(leaf.dtype), jnp.zeros_like(leaf))

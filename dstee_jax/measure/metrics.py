@@ -1,13 +1,16 @@
 """Metrics of a sparse network: density, exploration and exploitation degree, a table by leaf."""
 
+import math
+import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.rules.units import input_axes, output_units
 from dstee_jax.state import SparseState, get_state
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
 
 
 def _state(opt_state: PyTree) -> SparseState:
@@ -66,51 +69,92 @@ def exploitation_degree(
     return loss_fn(params) - loss_fn(jax.tree.map(jnp.add, params, grown))
 
 
-def empty_units(mask: jax.Array) -> jax.Array:
-    """Number of output units (last axis) without any active weight; int32, shape ().
+def empty_units(mask: jax.Array, *, output_axis: int = -1) -> jax.Array:
+    """Number of output units without any active weight; int32, shape ().
 
     Such a unit computes a constant. Growth by gradient, which fills few units, and dropping by
     magnitude can empty many; `structures.constant_fan_in()` keeps all of them fed.
 
     Args:
-      mask: bool array of 1 dimension or more.
+      mask: bool array.
+      output_axis: of the units: -1 for kernels (..., inputs, outputs), as Flax has them, 0 for
+        (outputs, inputs, ...), as Equinox and PyTorch have them.
     """
-    return jnp.sum(~jnp.any(mask, axis=tuple(range(mask.ndim - 1))), dtype=jnp.int32)
+    return jnp.sum(~jnp.any(mask, axis=input_axes(mask.shape, output_axis)), dtype=jnp.int32)
 
 
-def summary(opt_state: PyTree) -> str:
-    """A table by leaf: shape, weights, active, explored, empty output units, share of active.
+def summary(opt_state: PyTree, params: PyTree = None, *, output_axis: int = -1) -> str:
+    """A table by leaf, and what stays dense.
+
+    The columns are shape, weights, active, explored, empty output units, and the leaf's share of
+    all active weights. Below the total of the sparse leaves come the leaves that stay dense:
+    with `params` those of 2 dimensions and more and the others together, and the density of the
+    whole network; without, since the state does not know their shapes, their names.
 
     Args:
       opt_state: a `SparseState`, or an optax state with one in it; concrete, not traced.
+      params: the parameters that the state belongs to, or their shapes.
+      output_axis: of the units, as for `empty_units`.
 
     Returns:
       Text of several lines, to print.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((20, 10)), "bias": jnp.ones(10)}
+      >>> tx = dstee.transform(optax.sgd(0.1), sparsity=0.9, total_steps=200, key=jax.random.key(0))
+      >>> print(summary(tx.init(params), params).splitlines()[-1].split())
+      ['network', '210', '30', '(', '14.3%)']
     """
     state = _state(opt_state)
     masks = leaves_with_path(state.masks)
     counters = [counter for _, counter in leaves_with_path(state.counters)]
-    rows: list[tuple[Any, ...]] = []
-    total = [0, 0, 0, 0, 0]
+    rows: list[_Row] = []
     for (path, mask), counter in zip(masks, counters, strict=True):
-        if is_dense(mask):
-            continue
-        numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
-        numbers += [int(empty_units(mask)), mask.shape[-1] if mask.ndim else 1]
-        total = [a + b for a, b in zip(total, numbers, strict=True)]
-        rows.append((path_name(path), "×".join(map(str, mask.shape)), *numbers))
-    rows.append(("total", "", *total))
-    width = max(len("leaf"), *(len(row[0]) for row in rows))
-    across = max(len("shape"), *(len(row[1]) for row in rows))
+        if not is_dense(mask):
+            numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
+            numbers.append(int(empty_units(mask, output_axis=output_axis)))
+            numbers.append(output_units(mask.shape, output_axis))
+            rows.append((path_name(path), _times(mask.shape), numbers))
+    total = [sum(numbers[i] for *_, numbers in rows) for i in range(5)]
+    rows.append(("total", "", total))
+    dense = [] if params is None else _dense_rows(state.masks, params)
+    width = max(len("leaf"), *(len(name) for name, *_ in rows + dense))
+    across = max(len("shape"), *(len(shape) for _, shape, _ in rows + dense))
     head = f"{'leaf':<{width}}  {'shape':>{across}} {'weights':>12} {'active':>20} {'explored':>20}"
     lines = [f"{head} {'empty units':>13} {'share':>7}"]
-    for name, shape, weights, active, explored, empty, units in rows:
+    for name, shape, (weights, active, explored, empty, units) in rows:
         lines.append(
             f"{name:<{width}}  {shape:>{across}} {weights:>12,} {_part(active, weights)} "
             f"{_part(explored, weights)} {f'{empty:,}/{units:,}':>13} "
             f"{active / max(total[1], 1):>7.1%}"
         )
+    if params is None:
+        names = ", ".join(path_name(path) for path, mask in masks if is_dense(mask))
+        return "\n".join([*lines, *textwrap.wrap(names and f"dense: {names}", 100)])
+    whole = [sum(numbers[i] for *_, numbers in [rows[-1], *dense]) for i in (0, 1)]
+    for name, shape, (weights, active) in [*dense, ("network", "", whole)]:
+        lines.append(f"{name:<{width}}  {shape:>{across}} {weights:>12,} {_part(active, weights)}")
     return "\n".join(lines)
+
+
+_Row: TypeAlias = tuple[str, str, list[int]]  # name, shape, numbers
+
+
+def _dense_rows(masks: PyTree, params: PyTree) -> list[_Row]:
+    """The leaves that stay dense, with as many active as weights; vectors and scalars in one."""
+    pairs = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
+    given = zip(pairs, mask_leaves(masks, params), strict=True)
+    leaves = [(path_name(path), jnp.shape(leaf)) for (path, leaf), mask in given if is_dense(mask)]
+    rows = [(name, _times(s), [math.prod(s)] * 2) for name, s in leaves if len(s) > 1]
+    sizes = [math.prod(shape) for _, shape in leaves if len(shape) < 2]
+    if sizes:
+        rows.append((f"{len(sizes)} vectors and scalars", "", [sum(sizes)] * 2))
+    return [(f"dense: {name}", shape, numbers) for name, shape, numbers in rows]
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
 
 
 def _part(count: int, whole: int) -> str:

@@ -1,12 +1,71 @@
-"""What the factories share."""
+"""What the factories share: the options that they hand on to `transform`, and how."""
 
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Required, TypeAlias, TypedDict
 
+import jax
 import optax
+
+from dstee_jax.masks.counts import Blocks, Sparsity, StackAxes, Where
+from dstee_jax.masks.distributions import Distribution
+from dstee_jax.rules.memory import Memory
+from dstee_jax.rules.plans import Plan
+from dstee_jax.rules.schedule import DropFraction, Every
+from dstee_jax.rules.scores import Score
+from dstee_jax.rules.structures import Structure
+from dstee_jax.selection.drop_and_grow import Selection
+from dstee_jax.transform import transform
+from dstee_jax.trees import PyTree
 
 Inner: TypeAlias = optax.GradientTransformation | None
 Transform: TypeAlias = optax.GradientTransformationExtraArgs
-Options: TypeAlias = dict[str, Any]
+
+
+class Shared(TypedDict, total=False):
+    """Keyword arguments of `dstee.transform` that no factory names itself."""
+
+    key: Required[jax.Array]
+    distribution: Distribution
+    where: Where
+    masks: PyTree | None
+    drop: Score | None
+    grow: Score | None
+    drop_fraction: DropFraction
+    every: Every | None
+    regrow: bool
+    update_weights: bool
+    plan: Plan | None
+    memory: Memory | None
+    penalty: Score | None
+    structure: Structure | None
+    counter_init: str
+    counter_update: str
+    counter_dtype: Any
+    selection: Selection
+    stack_axes: StackAxes | None
+    blocks: Blocks | None
+    packed: bool
+    indices: bool
+    grow_batches: int
+
+
+class Untimed(Shared, total=False):
+    """Those of a factory that names `total_steps`."""
+
+    sparsity: Sparsity | None
+    start: float
+    stop: float
+
+
+class Options(Untimed, total=False):
+    """All keyword arguments of `dstee.transform`."""
+
+    total_steps: Required[int]
+
+
+def make(inner: Inner, defaults: Mapping[str, Any], options: Mapping[str, Any]) -> Transform:
+    """`dstee.transform` with a method's defaults, which the caller's options override."""
+    return transform(inner, **{**defaults, **options})
 
 
 def half_to_nearly_none(total_steps: int) -> optax.Schedule:
@@ -14,7 +73,7 @@ def half_to_nearly_none(total_steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(0.5, max(total_steps, 1), alpha=0.01)
 
 
-def itop(total_steps: int) -> Options:
+def itop(total_steps: int) -> dict[str, Any]:
     """ITOP's setting: the optimizer steps first, rounds to the end, just-dropped may regrow."""
     return {
         "total_steps": total_steps,

@@ -1,21 +1,19 @@
 """Methods that keep the count of every leaf: only which weights are active changes."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
-from dstee_jax.methods._common import Inner, Options, Transform, itop
+from dstee_jax.methods._common import Inner, Options, Transform, Untimed, itop, make
 from dstee_jax.rules import memory, penalties, plans, scores
-from dstee_jax.transform import transform
 
 
-def static(inner: Inner = None, **options: Any) -> Transform:
+def static(inner: Inner = None, **options: Unpack[Options]) -> Transform:
     """Static: the first mask, kept: random, or `masks=` from `dstee.at_init`. No rounds."""
-    defaults: Options = {"every": None}
-    return transform(inner, **defaults | options)
+    return make(inner, {"every": None}, options)
 
 
-def set(inner: Inner = None, **options: Any) -> Transform:
+def set(inner: Inner = None, **options: Unpack[Options]) -> Transform:
     """SET: drop by magnitude, grow at random; just-dropped weights may come back.
 
     References:
@@ -28,11 +26,10 @@ def set(inner: Inner = None, **options: Any) -> Transform:
       `drop_fraction=optax.constant_schedule(0.3)`, `stop=1.0`), and keeps the output dense.
       This is the version that RigL compares with: magnitude, RigL's schedule.
     """
-    defaults: Options = {"grow": scores.random(), "regrow": True}
-    return transform(inner, **defaults | options)
+    return make(inner, {"grow": scores.random(), "regrow": True}, options)
 
 
-def set_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
+def set_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untimed]) -> Transform:
     """SET in ITOP's setting: as `rigl_itop`, with random growth and `every` 1500.
 
     References:
@@ -42,10 +39,10 @@ def set_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transf
       As `rigl_itop`.
     """
     defaults = itop(total_steps) | {"grow": scores.random(), "every": 1500}
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
-def rigl(inner: Inner = None, **options: Any) -> Transform:
+def rigl(inner: Inner = None, **options: Unpack[Options]) -> Transform:
     """RigL: drop by magnitude, grow by absolute gradient; alpha 0.3, ΔT 100, stop at 0.75.
 
     References:
@@ -55,11 +52,10 @@ def rigl(inner: Inner = None, **options: Any) -> Transform:
       Ties in the drop score go to the lowest index; the authors' code breaks them by noise of
       1e-5.
     """
-    defaults: Options = {"grow": scores.gradient(), "regrow": True}
-    return transform(inner, **defaults | options)
+    return make(inner, {"grow": scores.gradient(), "regrow": True}, options)
 
 
-def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Transform:
+def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untimed]) -> Transform:
     """RigL in ITOP's setting: optimizer step first, rate 0.5 by cosine to 0.005, no early stop.
 
     `every` is 4000 (CIFAR and ImageNet).
@@ -71,7 +67,7 @@ def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Any) -> Trans
       k is rounded down, theirs up; first masks have exact counts, theirs are Bernoulli draws.
     """
     defaults = itop(total_steps) | {"grow": scores.gradient(), "every": 4000}
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
 def dst_ee(
@@ -80,14 +76,14 @@ def dst_ee(
     c: float = 1e-3,
     eps: float = 1.0,
     normalize: bool = False,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Transform:
     """DST-EE: grow by gradient plus exploration bonus; c, eps, normalize of the acquisition.
 
     References:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
     """
-    return transform(inner, grow=scores.acquisition(c, eps, normalize=normalize), **options)
+    return make(inner, {"grow": scores.acquisition(c, eps, normalize=normalize)}, options)
 
 
 def mest(
@@ -95,7 +91,7 @@ def mest(
     *,
     total_steps: int,
     gradient_weight: float = 1.0,
-    **options: Any,
+    **options: Unpack[Untimed],
 ) -> Transform:
     """MEST (EM): drop by |w| + lambda |g|, grow at random.
 
@@ -119,7 +115,7 @@ def mest(
       masks. lambda and the steps of the ratio could not be checked.
     """
     thirds = {max(total_steps // 3, 1): 0.5, max(2 * total_steps // 3, 2): 0.5}
-    defaults: Options = {
+    defaults = {
         "total_steps": total_steps,
         "drop": scores.magnitude_and_gradient(gradient_weight),
         "grow": scores.random(),
@@ -128,11 +124,11 @@ def mest(
         "stop": 0.9,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
 def deep_r(
-    inner: Inner = None, *, l1: float = 1e-5, noise: float = 1e-5, **options: Any
+    inner: Inner = None, *, l1: float = 1e-5, noise: float = 1e-5, **options: Unpack[Options]
 ) -> Transform:
     """DeepR: on every step, drop the weights that crossed zero and grow as many at random.
 
@@ -154,7 +150,7 @@ def deep_r(
       keeps one total for the network, ours one for each leaf. Whether 1e-5 is the variance or
       the standard deviation of the noise could not be checked: here the latter.
     """
-    defaults: Options = {
+    defaults = {
         "plan": plans.below_zero(),
         "memory": memory.signs(),
         "penalty": penalties.l1_with_noise(l1, noise),
@@ -164,4 +160,4 @@ def deep_r(
         "stop": 1.0,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)

@@ -1,11 +1,18 @@
 """Methods that start dense or denser, and become sparse while they train."""
 
-from typing import Any
+from typing import Required, Unpack
 
-from dstee_jax.methods._common import Inner, Options, Transform, itop
+from dstee_jax.masks.counts import Sparsity
+from dstee_jax.methods._common import Inner, Shared, Transform, Untimed, itop, make
 from dstee_jax.methods.exchange import mest
 from dstee_jax.rules import memory, penalties, plans, scores
-from dstee_jax.transform import transform
+
+
+class GmpOptions(Shared, total=False):
+    """Keyword arguments of `dstee.transform` that `gmp` does not name."""
+
+    total_steps: Required[int]
+    sparsity: Sparsity | None
 
 
 def gmp(
@@ -15,7 +22,7 @@ def gmp(
     start: float = 0.0,
     stop: float = 0.75,
     overall: bool = False,
-    **options: Any,
+    **options: Unpack[GmpOptions],
 ) -> Transform:
     """GMP: gradual magnitude pruning, by a cubic schedule from dense to the target.
 
@@ -31,7 +38,7 @@ def gmp(
       Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
       compression", 2017, Eq. 1.
     """
-    defaults: Options = {
+    defaults = {
         "plan": plans.gradual(initial_sparsity, start=start, end=stop, overall=overall),
         "grow": scores.random(),
         "drop_fraction": 0.0,
@@ -39,7 +46,7 @@ def gmp(
         "stop": stop,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
 def granet(
@@ -48,7 +55,7 @@ def granet(
     total_steps: int,
     initial_sparsity: float = 0.5,
     end: float = 0.5,
-    **options: Any,
+    **options: Unpack[Untimed],
 ) -> Transform:
     """GraNet: prune gradually over the whole network, and regenerate in each layer by gradient.
 
@@ -76,10 +83,12 @@ def granet(
         "grow": scores.gradient(),
         "every": 1000,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
-def gap(inner: Inner = None, *, total_steps: int, partitions: int = 4, **options: Any) -> Transform:
+def gap(
+    inner: Inner = None, *, total_steps: int, partitions: int = 4, **options: Unpack[Untimed]
+) -> Transform:
     """GaP: one part of the layers dense at a time, in rotation; the others pruned by magnitude.
 
     Two rotations by default, the last round, which prunes all, at 0.8 of the training.
@@ -98,7 +107,7 @@ def gap(inner: Inner = None, *, total_steps: int, partitions: int = 4, **options
       Parts are runs of leaves in the order of the parameters, with equal numbers of leaves. The
       number of rotations is ours.
     """
-    defaults: Options = {
+    defaults = {
         "total_steps": total_steps,
         "plan": plans.rotation(partitions),
         "grow": scores.random(),
@@ -107,7 +116,13 @@ def gap(inner: Inner = None, *, total_steps: int, partitions: int = 4, **options
         "stop": 0.8,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
+
+
+class MestEmsOptions(Shared, total=False):
+    """Keyword arguments of `dstee.transform` that `mest_ems` does not name."""
+
+    start: float
 
 
 def mest_ems(
@@ -117,7 +132,8 @@ def mest_ems(
     sparsity: float,
     elastic: float = 1.5,
     stop: float = 0.9,
-    **options: Any,
+    gradient_weight: float = 1.0,
+    **options: Unpack[MestEmsOptions],
 ) -> Transform:
     """MEST with its elastic memory (EM&S): as `mest`, from denser masks down to the target.
 
@@ -128,7 +144,8 @@ def mest_ems(
       elastic: how many times the final number of weights is active at first; it falls linearly
         to the target at the last round.
       stop: share of training at which the target is reached and the rounds end.
-      **options: of `mest`.
+      gradient_weight: lambda, of `mest`.
+      **options: of `dstee.transform`.
 
     References:
       As `mest`.
@@ -141,9 +158,15 @@ def mest_ems(
     if not elastic >= 1:
         raise ValueError(f"elastic={elastic} must be 1 or more: EM&S starts denser than it ends.")
     first = max(1 - elastic * (1 - sparsity), 0.0)
-    defaults: Options = {"plan": plans.gradual(first, end=stop, power=1.0)}
-    common: Options = {"total_steps": total_steps, "sparsity": sparsity, "stop": stop}
-    return mest(inner, **defaults | common | options)
+    options.setdefault("plan", plans.gradual(first, end=stop, power=1.0))
+    return mest(
+        inner,
+        total_steps=total_steps,
+        sparsity=sparsity,
+        stop=stop,
+        gradient_weight=gradient_weight,
+        **options,
+    )
 
 
 def admm(
@@ -153,7 +176,7 @@ def admm(
     rho: float = 1e-2,
     reweighted: bool = True,
     interval: int | None = None,
-    **options: Any,
+    **options: Unpack[Untimed],
 ) -> Transform:
     """Prune from dense by ADMM: a third dense, a third ADMM, hard prune, a third retraining.
 
@@ -176,7 +199,7 @@ def admm(
     """
     begin, prune = total_steps // 3, max(2 * total_steps // 3, 2)
     interval = max((prune - begin) // 10, 1) if interval is None else interval
-    defaults: Options = {
+    defaults = {
         "total_steps": total_steps,
         "plan": plans.gradual(0.0, end=0.0),
         "memory": memory.admm(begin, prune, interval),
@@ -187,4 +210,4 @@ def admm(
         "stop": 1.0,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)

@@ -1,15 +1,16 @@
 """Methods that keep the total, and move counts between the leaves."""
 
-from typing import Any
+from typing import Unpack
 
 import optax
 
-from dstee_jax.methods._common import Inner, Options, Transform, half_to_nearly_none
+from dstee_jax.methods._common import Inner, Transform, Untimed, half_to_nearly_none, make
 from dstee_jax.rules import memory, plans, scores
-from dstee_jax.transform import transform
 
 
-def snfs(inner: Inner = None, *, total_steps: int, decay: float = 0.9, **options: Any) -> Transform:
+def snfs(
+    inner: Inner = None, *, total_steps: int, decay: float = 0.9, **options: Unpack[Untimed]
+) -> Transform:
     """SNFS (sparse momentum): grow by dense momentum, in the layers where it is largest.
 
     Drops by magnitude in each leaf, at a rate from 0.5 by cosine to 0.005. A leaf's share of
@@ -30,7 +31,7 @@ def snfs(inner: Inner = None, *, total_steps: int, decay: float = 0.9, **options
       The momentum is the heavy-ball one of the dense gradient, whatever `inner` is (theirs
       reads the optimizer's, and for Adam m / (sqrt(v) + 1e-8)).
     """
-    defaults: Options = {
+    defaults = {
         "total_steps": total_steps,
         "plan": plans.redistribute(scores.momentum()),
         "memory": memory.dense_momentum(decay),
@@ -40,11 +41,11 @@ def snfs(inner: Inner = None, *, total_steps: int, decay: float = 0.9, **options
         "stop": 1.0,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)
 
 
 def dsr(
-    inner: Inner = None, *, total_steps: int, threshold: float = 1e-3, **options: Any
+    inner: Inner = None, *, total_steps: int, threshold: float = 1e-3, **options: Unpack[Untimed]
 ) -> Transform:
     """DSR: drop below one adaptive threshold for all layers, grow at random where weights survive.
 
@@ -66,7 +67,7 @@ def dsr(
       The authors give the wanted number of drops by network; the fraction 0.1 and the steps at
       which the period doubles are ours.
     """
-    defaults: Options = {
+    defaults = {
         "total_steps": total_steps,
         "plan": plans.adaptive_threshold(threshold),
         "grow": scores.random(),
@@ -75,4 +76,4 @@ def dsr(
         "stop": 0.95,
         "update_weights": True,
     }
-    return transform(inner, **defaults | options)
+    return make(inner, defaults, options)

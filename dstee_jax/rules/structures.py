@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dstee_jax.rules import units
 from dstee_jax.selection.bisection import largest_bits
 from dstee_jax.selection.drop_and_grow import largest
 from dstee_jax.selection.parts import Grid
@@ -55,7 +56,8 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
       n: active weights of a group, in [1, m).
       m: size of a group; must divide the axis.
       axis: along which groups lie; -2 is the input axis of dense and convolution kernels, which
-        is what sparse tensor cores need.
+        is what sparse tensor cores need. Where kernels are (outputs, inputs, ...), as Equinox and
+        PyTorch have them, it is 1.
 
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, for 2:4.
@@ -72,7 +74,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
         return jnp.moveaxis(x.reshape(moved), -1, axis)
 
     def count(shape: Shape, wanted: int) -> int:
-        if len(shape) < -axis or shape[axis] % m:
+        if not -len(shape) <= axis < len(shape) or shape[axis] % m:
             raise ValueError(
                 f"{n}:{m} needs axis {axis} of shape {shape} to be a multiple of {m}: choose "
                 "another axis or m, or leave the leaf dense with where=."
@@ -106,7 +108,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
 
     def fits(mask: np.ndarray) -> bool:
         shape = mask.shape
-        if len(shape) < -axis or shape[axis] % m:
+        if not -len(shape) <= axis < len(shape) or shape[axis] % m:
             return False
         moved = np.moveaxis(mask, axis, -1)
         return bool((moved.reshape(-1, m).sum(-1) == n).all())
@@ -181,10 +183,14 @@ def block(shape: tuple[int, ...]) -> Structure:
     return Structure(count, random_mask, fits, reduce, parts, expanded)
 
 
-def constant_fan_in() -> Structure:
-    """Every output unit (last axis) keeps the same number of active inputs: SRigL.
+def constant_fan_in(*, output_axis: int = -1) -> Structure:
+    """Every output unit keeps the same number of active inputs: SRigL.
 
     A round exchanges the same number of weights in each unit.
+
+    Args:
+      output_axis: of the units: -1 for kernels (..., inputs, outputs), as Flax has them, 0 for
+        (outputs, inputs, ...), as Equinox and PyTorch have them.
 
     References:
       Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.
@@ -193,26 +199,27 @@ def constant_fan_in() -> Structure:
       SRigL also ablates units whose weights matter little; here all units stay.
     """
 
-    def columns(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, x.shape[-1]).T
+    def back(x: jax.Array, shape: Shape) -> jax.Array:
+        return units.from_columns(x, shape, output_axis)
 
     def count(shape: Shape, wanted: int) -> int:
-        fan_in = int(np.prod(shape[:-1]))
-        return shape[-1] * min(max(round(wanted / shape[-1]), 1), fan_in)
+        n, fan_in = units.output_units(shape, output_axis), units.fan_in(shape, output_axis)
+        return n * min(max(round(wanted / n), 1), fan_in)
 
     def random_mask(key: jax.Array, shape: Shape, wanted: int) -> jax.Array:
-        bits = columns(jax.random.bits(key, shape, jnp.uint32))
-        each = jnp.uint32(wanted // shape[-1])
-        return jax.vmap(lambda b: largest_bits([b], each)[0])(bits).T.reshape(shape)
+        n, fan_in = units.output_units(shape, output_axis), units.fan_in(shape, output_axis)
+        bits = jax.random.bits(key, (fan_in, n), jnp.uint32).T
+        return back(jax.vmap(lambda b: largest_bits([b], jnp.uint32(wanted // n))[0])(bits), shape)
 
     def parts(shape: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
-        units = shape[-1]
-        k = _shared(k, units)
-        each = jnp.broadcast_to(k[..., None], (*k.shape, units)) if units > 1 else k
-        return (*[1] * (len(shape) - 1), units), each, -(-k_max // units)
+        n = units.output_units(shape, output_axis)
+        inputs = units.input_axes(shape, output_axis)
+        grid = tuple(1 if axis in inputs else n for axis in range(len(shape)))
+        k = _shared(k, n)
+        return grid, jnp.broadcast_to(k[..., None], (*k.shape, n)) if n > 1 else k, -(-k_max // n)
 
     def fits(mask: np.ndarray) -> bool:
-        sums = mask.reshape(-1, mask.shape[-1]).sum(0)
+        sums = mask.sum(units.input_axes(mask.shape, output_axis))
         return bool((sums == sums[0]).all())
 
     def same(*arrays):
