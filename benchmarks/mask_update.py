@@ -14,8 +14,6 @@ import optax
 
 import dstee_jax as dstee
 from benchmarks.timing import medians, random_tree, resnet50_shapes, vgg19_shapes
-from dstee_jax.engine import round as rule
-from dstee_jax.masks.random import random_mask
 
 DROP_FRACTION = 0.3
 
@@ -36,13 +34,9 @@ def by_argsort(mask, drop_score, grow_score, k):
 def one_array(shape: tuple[int, ...], sparsity: float) -> tuple:
     """Mask, drop score, grow score and k of one array."""
     k1, k2, k3 = jax.random.split(jax.random.key(0), 3)
-    size = 1
-    for n in shape:
-        size *= n
-    active = round((1 - sparsity) * size)
-    mask = random_mask(k1, shape, active)
-    drop = jnp.abs(jax.random.normal(k2, shape))
-    return mask, drop, jnp.abs(jax.random.normal(k3, shape)), int(DROP_FRACTION * active)
+    drop, grow = (jnp.abs(jax.random.normal(key, shape)) for key in (k2, k3))
+    mask = dstee.init_masks(drop, sparsity, k1, where=lambda path, leaf: True)
+    return mask, drop, grow, int(DROP_FRACTION * int(mask.sum()))
 
 
 def against_argsort() -> None:
@@ -118,15 +112,12 @@ def many_leaves() -> None:
     )
     tx = dstee.transform(optax.adamw(1e-3), sparsity=0.95, total_steps=1000, key=jax.random.key(0))
     state = jax.eval_shape(tx.init, params)
-    for share in (rule.STACK_FROM, 10**9):
-        before, rule.STACK_FROM = rule.STACK_FROM, share
-        begin = time.perf_counter()
-        lowered = jax.jit(lambda g, s, p: tx.update(g, s, p)).lower(params, state, params)
-        traced = time.perf_counter()
-        lowered.compile()
-        took, rule.STACK_FROM = time.perf_counter() - traced, before
-        name = "leaves that are alike by one program" if share < 10**9 else "each leaf by its own"
-        print(f"  {name}: traced in {traced - begin:.1f} s, compiled in {took:.1f} s")
+    begin = time.perf_counter()
+    lowered = jax.jit(lambda g, s, p: tx.update(g, s, p)).lower(params, state, params)
+    traced = time.perf_counter()
+    lowered.compile()
+    took = time.perf_counter() - traced
+    print(f"  traced in {traced - begin:.1f} s, compiled in {took:.1f} s")
 
 
 if __name__ == "__main__":

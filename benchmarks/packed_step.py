@@ -3,8 +3,8 @@
     python -m benchmarks.packed_step
 
 VGG-19 (20 M weights) at 95%: `dstee.apply` with packed adamw against plain dense adamw, in one
-run, medians, in turn; then `dstee.pmean` over 8 forced CPU devices, as one vector and leaf by
-leaf, against the dense mean. About 3 minutes on 2 CPU cores.
+run, medians, in turn; then `dstee.pmean` over 8 forced CPU devices against the dense mean. About
+3 minutes on 2 CPU cores.
 """
 
 import functools
@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from benchmarks.timing import medians, random_tree, vgg19_shapes
-from dstee_jax.devices import allreduce
 
 EVERY = 100
 OPTIONS = {"sparsity": 0.95, "total_steps": 10_000, "every": EVERY}
@@ -89,22 +88,13 @@ def all_reduce(grads) -> None:
         )
         return functools.partial(jax.jit(mapped), *args)
 
-    def by_leaf(g, s):
-        in_one = allreduce._in_one
-        allreduce._in_one = lambda reduce, arrays: [reduce(x) for x in arrays]
-        try:
-            return dstee.pmean(g, s, "data")
-        finally:
-            allreduce._in_one = in_one
-
     def dense(g):
         return jax.tree.map(lambda x: jax.lax.pmean(x, "data"), g)
 
     t = medians(
         {
             "dense": on_all(dense, grads),
-            "active, one vector": on_all(lambda g, s: dstee.pmean(g, s, "data"), grads, state),
-            "active, leaf by leaf": on_all(by_leaf, grads, state),
+            "active": on_all(lambda g, s: dstee.pmean(g, s, "data"), grads, state),
         }
     )
     for name, took in t.items():

@@ -49,7 +49,7 @@ def against_training_step(extra: float) -> None:
     held = [trainer.init()]
 
     def step():
-        held[0], loss = trainer.step(held[0], jnp.arange(128), images, labels)
+        held[0], loss = trainer.step(held[0], jnp.arange(128), images, labels, False)
         return loss
 
     took = medians({"step": step}, repeats=3)["step"]

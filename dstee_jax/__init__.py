@@ -33,7 +33,7 @@ from dstee_jax.measure.metrics import (
 from dstee_jax.rules.schedule import mask_steps
 from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, get_states, seed_axes
-from dstee_jax.transform import transform
+from dstee_jax.transform import mask_steps_of, transform
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "init_masks",
     "kernels",
     "mask_steps",
+    "mask_steps_of",
     "memory",
     "methods",
     "penalties",

@@ -1,6 +1,7 @@
 """`transform`: drop-and-grow as an optax transformation that keeps parameters sparse itself."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -235,6 +236,35 @@ def transform(
     if inner is not None and every is not None:
         check_restart(inner)
     return optax.GradientTransformationExtraArgs(config.init, functools.partial(update, config))
+
+
+def mask_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
+    """The mask steps of a `transform`: calls of its `update`, from 1, in order; none for no rounds.
+
+    As `mask_steps`, where a method has chosen `every`, `start` and `stop`: for a training loop
+    that has a program without mask steps.
+
+    Args:
+      tx: what `transform` or a method of `dstee.methods` returned. Within an `optax.chain` or
+        `optax.MultiSteps` ask that, not the whole.
+
+    Raises:
+      ValueError: tx is something else.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.set_itop(
+      ...     optax.sgd(0.1), sparsity=0.9, total_steps=4000, key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      [1500, 3000]
+    """
+    asked = tx.update.args[0] if isinstance(tx.update, functools.partial) else None
+    if not isinstance(asked, Sparse):
+        raise ValueError(
+            f"{tx} is not from dstee.transform or dstee.methods: pass the transform that the "
+            "chain, or the wrapper, was made of."
+        )
+    return asked.rounds.all_steps if asked.rounds.every else ()
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

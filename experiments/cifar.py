@@ -35,7 +35,7 @@ from experiments.training.learner import (
     add_method_options,
     check_method_options,
 )
-from experiments.training.methods import METHODS, measures
+from experiments.training.methods import METHODS, measures, segments
 from experiments.training.models import MODELS, count_weights
 from experiments.training.runs import Events
 
@@ -88,18 +88,44 @@ class Trainer:
         key = jax.random.fold_in(jax.random.fold_in(self.learner.key, 2), state.step)
         return data.augment(key, data.normalise(images[index], self.learner.dtype))
 
-    def _step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
-        return self.learn(state, self.batch_of(state, index, images), labels[index])
+    def _step(self, state, index, images, labels, mask_step):
+        return self.learn(state, self.batch_of(state, index, images), labels[index], mask_step)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def step(self, state: TrainState, index: jax.Array, images: jax.Array, labels: jax.Array):
+    @functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=1)
+    def step(
+        self,
+        state: TrainState,
+        index: jax.Array,
+        images: jax.Array,
+        labels: jax.Array,
+        mask_step: bool,
+    ) -> tuple[TrainState, jax.Array]:
         """One step on the images of that index, (batch,) int32; returns the state and the loss."""
-        return self._step(state, index, images, labels)
+        return self._step(state, index, images, labels, mask_step)
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def scan_epoch(self, state: TrainState, order: jax.Array, images: jax.Array, labels: jax.Array):
-        """All steps of an epoch in one call, so that an accelerator never waits for the host."""
-        return jax.lax.scan(lambda s, index: self._step(s, index, images, labels), state, order)
+    @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=1)
+    def steps(
+        self,
+        state: TrainState,
+        order: jax.Array,
+        begin: int,
+        end: int,
+        images: jax.Array,
+        labels: jax.Array,
+        mask_step: bool,
+    ) -> tuple[TrainState, jax.Array]:
+        """The steps from `begin` to `end` of an epoch in one call; returns the sum of the losses.
+
+        So an accelerator never waits for the host. All are mask steps or none is. `begin` and
+        `end` are arguments of the compiled loop: one program for any number of steps.
+        """
+
+        def one(i, carry):
+            state, total = carry
+            state, loss = self._step(state, order[i], images, labels, mask_step)
+            return state, total + loss
+
+        return jax.lax.fori_loop(begin, end, one, (state, jnp.zeros(())))
 
     def order(self, epoch: int, size: int) -> jax.Array:
         """The images of each step of an epoch: indices (steps, batch)."""
@@ -109,15 +135,26 @@ class Trainer:
 
     def epoch(self, state: TrainState, epoch: int, images: jax.Array, labels: jax.Array):
         """One pass over the data in an order of its own; returns the state and the mean loss."""
-        order = self.order(epoch, len(images))
-        if jax.default_backend() != "cpu":
-            state, losses = self.scan_epoch(state, order, images, labels)
-            return state, losses.mean()
-        losses = []  # XLA's CPU convolutions are 30 times slower inside a scan
-        for index in np.asarray(order):
-            state, loss = self.step(state, index, images, labels)
+        # XLA's CPU convolutions are 30 times slower inside a loop.
+        ahead = self.one_by_one if jax.default_backend() == "cpu" else self.in_segments
+        return ahead(state, self.order(epoch, len(images)), epoch, images, labels)
+
+    def one_by_one(self, state: TrainState, order: Any, epoch: int, images: Any, labels: Any):
+        """An epoch, a call for each step."""
+        losses, done = [], epoch * self.steps_per_epoch
+        for number, index in enumerate(np.asarray(order), start=done + 1):
+            mask_step = number in self.learner.mask_steps
+            state, loss = self.step(state, index, images, labels, mask_step)
             losses.append(loss)
         return state, jnp.stack(losses).mean()
+
+    def in_segments(self, state: TrainState, order: Any, epoch: int, images: Any, labels: Any):
+        """An epoch, a call for each mask step and for all ordinary steps between two."""
+        total, done = jnp.zeros(()), epoch * self.steps_per_epoch
+        for begin, end, mask_step in segments(done, len(order), self.learner.mask_steps):
+            state, loss = self.steps(state, order, begin, end, images, labels, mask_step)
+            total += loss
+        return state, total / len(order)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _hits(self, state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Array:

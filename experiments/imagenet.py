@@ -26,8 +26,8 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.data import cifar as data
 from experiments.data import imagenet as images
+from experiments.data.cifar import normalise
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, choice
 from experiments.training.checkpoints import Checkpoints
@@ -58,7 +58,7 @@ class Programs(NamedTuple):
     """The compiled functions of a run, for one structure of its state."""
 
     shardings: TrainState
-    step: Any  # (state, images, labels) -> (state, loss)
+    step: Any  # (state, images, labels, mask_step) -> (state, loss); a program for each kind
     hits: Any  # (state, images, labels) -> correct ones
     is_finite: Any  # state -> whether all parameters are
     measures: Any  # (params, opt_state) -> density, R
@@ -82,15 +82,16 @@ def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Progra
     batch, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     def normalised(x):
-        return data.normalise(x, learner.dtype, MEAN, SD)
+        return normalise(x, learner.dtype, MEAN, SD)
 
     step = learner.step_on(mesh)
     jit = functools.partial(jax.jit, in_shardings=(shardings, batch, batch))
     return Programs(
         shardings,
         jit(
-            lambda state, x, y: step(state, normalised(x), y),
+            lambda state, x, y, mask_step: step(state, normalised(x), y, mask_step),
             out_shardings=(shardings, whole),
+            static_argnums=3,
             donate_argnums=0,
         ),
         jit(lambda state, x, y: learner.hits(state, normalised(x), y), out_shardings=whole),
@@ -165,7 +166,7 @@ def some_images(examples: Any, args: argparse.Namespace, count: int) -> Any:
     )
     batch = next(batches)
     batches.close()
-    return data.normalise(jnp.asarray(batch["image"]), jnp.float32, MEAN, SD), batch["label"]
+    return normalise(jnp.asarray(batch["image"]), jnp.float32, MEAN, SD), batch["label"]
 
 
 class Setup(NamedTuple):
@@ -274,7 +275,8 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     for step in range(first + 1, total + 1):
         if step - 1 == prune_at:
             programs, state = pruned(setup, state, args, mesh)
-        state, loss = programs.step(state, *global_batch(next(batches), mesh))
+        batch = global_batch(next(batches), mesh)
+        state, loss = programs.step(state, *batch, step in learner.mask_steps)
         losses.append(loss)
         if step % args.log_every == 0 or step == total:
             mean = float(check_finite(losses, step).mean())

@@ -17,6 +17,7 @@ prints the tables. A graph of half a million edges takes about 20 s a run on 2 C
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import dstee_jax as dstee
 from experiments.data import graphs, walks
 from experiments.training import records
 from experiments.training.arguments import Parser, choice
-from experiments.training.methods import METHODS, optimizer
+from experiments.training.methods import METHODS, mask_steps, optimizer, segments
 
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
 EPOCHS = {"admm": 60}  # 20 dense, 20 of ADMM, 20 of retraining; 50 for the others
@@ -116,14 +117,16 @@ def train(
         score = logits(params, embeddings, pairs[index])
         return optax.sigmoid_binary_cross_entropy(score, labels[index]).mean()
 
-    def step(carry, index):
-        params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, index), state, params)
-        return (optax.apply_updates(params, updates), state), None
+    @functools.partial(jax.jit, static_argnames="mask_step")
+    def ahead(params, state, order, begin, end, mask_step):
+        """The steps from `begin` to `end` of an epoch; one program for any number."""
 
-    @jax.jit
-    def epoch_of(params, state, order):
-        return jax.lax.scan(step, (params, state), order)[0]
+        def step(i, carry):
+            params, state = carry
+            grads = jax.grad(loss)(params, order[i])
+            return dstee.apply(tx, grads, state, params, mask_step=mask_step)
+
+        return jax.lax.fori_loop(begin, end, step, (params, state))
 
     @jax.jit
     def accuracy(params, pairs):
@@ -131,9 +134,11 @@ def train(
         return 100 * jnp.mean((logits(params, embeddings, pairs) > 0) == wanted)
 
     rng, best = np.random.default_rng(seed), None
-    for _ in range(epochs):
+    rounds = mask_steps(method, tx)
+    for epoch in range(epochs):
         order = rng.permutation(len(pairs))[: steps * batch].reshape(steps, batch)
-        params, state = epoch_of(params, state, order)
+        for segment in segments(epoch * steps, steps, rounds):
+            params, state = ahead(params, state, order, *segment)
         density = float(dstee.density(state)) if dstee.get_states(state) else 1.0
         found = float(accuracy(params, split.validation))
         # A network counts once it is as sparse as asked for.

@@ -40,7 +40,7 @@ from experiments.data import text as texts
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.learner import OPTIONS, add_method_options
-from experiments.training.methods import measures, optimizer
+from experiments.training.methods import mask_steps, measures, optimizer
 from experiments.training.models import count_weights
 
 # Methods that keep the count of every layer, as stacked layers ask for.
@@ -150,6 +150,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         stack_axes=stack_axes,
         **options,
     )
+    rounds = mask_steps(args.method, tx)
     opt_state = jax.jit(tx.init)(params)
     if dstee.get_states(opt_state):
         masks = dstee.get_state(opt_state).masks
@@ -159,14 +160,14 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
     def predict(params, inputs):
         return nnx.merge(graph, params)(inputs)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, opt_state, tokens):
+    @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
+    def step(params, opt_state, tokens, mask_step):
         def loss_of(params):
             return losses(predict(params, tokens[:, :-1]), tokens[:, 1:]).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        params, opt_state = dstee.apply(tx, grads, opt_state, params, mask_step=mask_step)
+        return params, opt_state, loss
 
     @jax.jit
     def total_loss(params, inputs, targets, counted):
@@ -178,7 +179,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
     for i in range(1, args.steps + 1):
         starts = rng.integers(0, len(text.train) - args.length, args.batch)
         tokens = text.train[starts[:, None] + window].astype(np.int32)
-        params, opt_state, loss = step(params, opt_state, tokens)
+        params, opt_state, loss = step(params, opt_state, tokens, mask_step=i in rounds)
         if i % max(args.steps // EVALUATIONS, 1) == 0 or i == args.steps:
             if not np.isfinite(loss):
                 raise FloatingPointError(

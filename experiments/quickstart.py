@@ -8,6 +8,7 @@ deviation over the seeds) and the path of a picture. `--methods all` runs every 
 the 1,797 images train, 20% are for validation (`--split validation`), 20% for the test.
 """
 
+import functools
 import itertools
 import time
 from pathlib import Path
@@ -27,7 +28,15 @@ import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, at_least_one, choice
-from experiments.training.methods import METHODS, first_masks, measures, model_params, optimizer
+from experiments.training.methods import (
+    METHODS,
+    first_masks,
+    mask_steps,
+    measures,
+    model_params,
+    optimizer,
+    segments,
+)
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
@@ -102,7 +111,7 @@ def train(
     **options: Any,
 ) -> Result:
     """Train all seeds of one method at once with `vmap`; seed s has the same data for all."""
-    begin = time.perf_counter()
+    started = time.perf_counter()
     steps = STEPS if steps is None else steps
     x_train, y_train, x_eval, y_eval = load(split)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
@@ -149,33 +158,43 @@ def train(
         logits = forward(model_params(params), x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    def step(carry, t, key):
-        params, opt_state = carry
-        index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
-        grads = jax.grad(loss)(params, x_train[index], y_train[index])
-        updates, opt_state = tx_of(key, opt_state).update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
+    def ahead(params, opt_state, begin, end, key, mask_step):
+        """The steps from `begin` to `end`, all of one kind."""
 
-    def chunk(params, opt_state, first, key):
-        body = lambda carry, t: step(carry, t, key)  # noqa: E731
-        steps = first + jnp.arange(EVAL_EVERY)
-        (params, opt_state), _ = jax.lax.scan(body, (params, opt_state), steps)
+        def step(t, carry):
+            params, opt_state = carry
+            index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
+            grads = jax.grad(loss)(params, x_train[index], y_train[index])
+            tx = tx_of(key, opt_state)
+            return dstee.apply(tx, grads, opt_state, params, mask_step=mask_step)
+
+        return jax.lax.fori_loop(begin, end, step, (params, opt_state))
+
+    def evaluate(params, opt_state):
         hits = forward(model_params(params), x_eval).argmax(-1) == y_eval
         density, explored = measures(params, opt_state)
-        return params, opt_state, (100 * hits.mean(), explored, density)
+        return 100 * hits.mean(), explored, density
 
-    def over_seeds(fn, opt_state, **jit):
-        """jit and vmap of a function that takes and returns params and opt_state first.
+    def over_seeds(opt_state):
+        """`ahead` and `evaluate` of all seeds at once.
 
         The step counters stay unbatched, so that the mask update stays behind its lax.cond.
         """
         axes = dstee.seed_axes(opt_state)
-        return jax.jit(jax.vmap(fn, in_axes=(0, axes, None, 0), out_axes=(0, axes, 0)), **jit)
+
+        @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
+        def all_ahead(params, opt_state, begin, end, keys, mask_step):
+            one = functools.partial(ahead, mask_step=mask_step)
+            mapped = jax.vmap(one, in_axes=(0, axes, None, None, 0), out_axes=(0, axes))
+            return mapped(params, opt_state, begin, end, keys)
+
+        return all_ahead, jax.jit(jax.vmap(evaluate, in_axes=(0, axes)))
 
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     axes = dstee.seed_axes(jax.eval_shape(init, keys[0])[1])
     params, opt_state = jax.jit(jax.vmap(init, out_axes=(0, axes)))(keys)
-    run = over_seeds(chunk, opt_state, donate_argnums=(0, 1))
+    all_ahead, evaluate_all = over_seeds(opt_state)
+    rounds = mask_steps(method, make(jax.random.key(0)))
     first_mask = _first_mask(opt_state)
     curves = []
     for first in range(0, steps, EVAL_EVERY):
@@ -184,13 +203,16 @@ def train(
             axes = dstee.seed_axes(jax.eval_shape(prune, *one, keys[0])[1])
             pruned = jax.vmap(prune, in_axes=(0, 0, 0), out_axes=(0, axes))
             params, opt_state = jax.jit(pruned)(params, opt_state, keys)
-            run = over_seeds(chunk, opt_state, donate_argnums=(0, 1))
-        params, opt_state, curve = run(params, opt_state, first, keys)
-        curves.append(jax.device_get(curve))
+            all_ahead, evaluate_all = over_seeds(opt_state)
+        for begin, end, mask_step in segments(first, EVAL_EVERY, rounds):
+            params, opt_state = all_ahead(
+                params, opt_state, first + begin, first + end, keys, mask_step=mask_step
+            )
+        curves.append(jax.device_get(evaluate_all(params, opt_state)))
         tick()
     accuracy, explored, density = (np.stack(c, axis=1) for c in zip(*curves, strict=True))
     masks = [first_mask, _first_mask(opt_state)]
-    return Result(accuracy, explored, density[:, -1], masks, time.perf_counter() - begin)
+    return Result(accuracy, explored, density[:, -1], masks, time.perf_counter() - started)
 
 
 def _first_mask(opt_state: Any) -> np.ndarray:

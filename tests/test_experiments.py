@@ -158,18 +158,22 @@ def continues_bit_for_bit(data_dir, tmp_path, options, whole, stop, monkeypatch)
     assert list((tmp_path / "work" / "events").iterdir())
 
 
-def test_scan_epoch_agrees_with_the_loop(data_dir, tmp_path):
+def test_an_epoch_in_segments_agrees_with_single_steps(data_dir, tmp_path):
+    """Epochs of 4 steps with a mask step every 3: segments of 1 and 2 steps, two programs."""
     arrays = jax.device_put(data.load_splits("cifar10", data_dir, validation=False))[0]
-    trainer = cifar.Trainer(cifar_args(data_dir, tmp_path), 64)
-    order = jnp.arange(64).reshape(4, 16)
-    scanned, losses = trainer.scan_epoch(trainer.init(), order, *arrays)
-    looped = trainer.init()
-    for index, loss in zip(order, losses, strict=True):
-        looped, loss_here = trainer.step(looped, index, *arrays)
-        np.testing.assert_allclose(loss_here, loss, rtol=1e-4)
+    trainer = cifar.Trainer(cifar_args(data_dir, tmp_path, "--every=3", "--sparsity=0.9"), 64)
+    assert list(trainer.learner.mask_steps) == [3, 6, 9]
+    segmented, looped = trainer.init(), trainer.init()
+    compiled = cifar.Trainer.steps._cache_size()
+    for epoch in (0, 1):
+        order = trainer.order(epoch, 64)
+        segmented, loss = trainer.in_segments(segmented, order, epoch, *arrays)
+        looped, loss_here = trainer.one_by_one(looped, order, epoch, *arrays)
+        np.testing.assert_allclose(loss_here, loss, rtol=1e-3)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), scanned.params, looped.params
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), segmented.params, looped.params
     )
+    assert cifar.Trainer.steps._cache_size() - compiled == 2
 
 
 def test_command_appends_a_record_without_paths(data_dir, tmp_path, monkeypatch):

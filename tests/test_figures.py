@@ -36,6 +36,19 @@ def test_ignored_share_by_hand():
     assert figure1.ignored_share(inactive, later, score, 100) == (6, 0.0)
 
 
+@pytest.mark.parametrize("step", [25, 50, 75, 100])
+def test_figure_1_grows_as_many_as_the_library(step):
+    assert figure1.number_grown(1000, 150, total_steps=400) == 150  # half of 0.3, half way
+    params = {"kernel": jnp.asarray(RNG.normal(size=(40, 20)), jnp.float32)}
+    options = {"drop_fraction": figure1.DROP_FRACTION, "stop": figure1.STOP}
+    options |= {"every": 25, "regrow": False, "sparsity": 0.5, "total_steps": 133}
+    tx = dstee.methods.set(key=jax.random.key(0), **options)
+    state = tx.init(params)._replace(count=jnp.int32(step - 1))
+    mask = tx.update(params, state, params, grad=params)[1].masks["kernel"]
+    grown = int((mask & ~state.masks["kernel"]).sum())
+    assert grown == figure1.number_grown(400, step, total_steps=133)
+
+
 def test_figure_1(tmp_path, monkeypatch):
     monkeypatch.setattr(figure1, "AT", 3)
     monkeypatch.setattr(figure1, "LATER", 5)

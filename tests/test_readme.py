@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 README = Path(__file__).parent.parent / "README.md"
+SUFFIXES = (".py", ".md", ".txt", ".ipynb")
 
 
 def test_python_blocks_run(capsys):
@@ -17,11 +18,23 @@ def test_python_blocks_run(capsys):
     printed = capsys.readouterr().out
     assert "kernel" in printed
     assert "11,760" in printed  # 5% of 784 * 300
-    updates, state = namespace["tx"].update(
-        namespace["grads"], namespace["tx"].init(namespace["params"]), namespace["params"]
-    )
+    tx, params = namespace["tx"], namespace["params"]
+    updates, state = tx.update(params, tx.init(params), params)
     assert updates["kernel"].shape == (784, 300)
     assert int(state.count) == 1
+
+
+def test_commands_name_modules_that_exist():
+    folders = [README.parent / name for name in ("experiments", "benchmarks", "docs")]
+    files = [path for folder in folders for path in folder.rglob("*.*") if path.suffix in SUFFIXES]
+    named = set()
+    for path in [README, README.parent / "CHANGELOG.md", *files]:
+        text = re.sub(r"\s+", " ", path.read_text())
+        named |= set(re.findall(r"python3? -m ((?:experiments|benchmarks)[.\w]*\w)", text))
+    assert len(named) > 20
+    for name in named:
+        path = README.parent / name.replace(".", "/")
+        assert path.with_suffix(".py").exists(), name
 
 
 def test_blocks_of_the_scaling_page_run():

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 
 import dstee_jax as dstee
-from dstee_jax.masks.counts import leaf_counts
+from dstee_jax.distributions import active_counts
 from dstee_jax.trees import leaves_with_path, path_name
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints
@@ -77,10 +77,14 @@ def masks_of(distribution: str, sparsity: float) -> Any:
     FLOPs depend on the number of active weights in each leaf alone: the first ones are active.
     """
     _, params = network()
-    counts = leaf_counts(params, sparsity, DISTRIBUTIONS[distribution], dstee.kernels)
+    leaves = [(path_name(path), leaf, path) for path, leaf in leaves_with_path(params)]
+    shapes = {name: leaf.shape for name, leaf, path in leaves if dstee.kernels(path, leaf)}
+    counts = active_counts(shapes, sparsity, DISTRIBUTIONS[distribution])
     masks = [
-        optax.MaskedNode() if n is None else (np.arange(leaf.size) < n).reshape(leaf.shape)
-        for n, leaf in zip(counts, jax.tree.leaves(params), strict=True)
+        (np.arange(leaf.size) < counts[name]).reshape(leaf.shape)
+        if name in counts
+        else optax.MaskedNode()
+        for name, leaf, _ in leaves
     ]
     return jax.tree.unflatten(jax.tree.structure(params), masks)
 

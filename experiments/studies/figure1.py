@@ -13,8 +13,8 @@ is for a GPU. The paper's figure is VGG-19 on CIFAR-100: pass `--dataset cifar10
 """
 
 import argparse
-import inspect
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dstee_jax as dstee
-from dstee_jax import scores
-from dstee_jax.rules.schedule import make_rounds
-from dstee_jax.trees import is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax import scores, trees
 from experiments import cifar
 from experiments.data import cifar as data
 from experiments.training import records
@@ -34,12 +32,14 @@ from experiments.training.arguments import Parser
 
 AT, LATER = 1000, 2000
 SCORES = {"rigl": scores.gradient(), "dst_ee": scores.acquisition()}
-SCHEDULE = ("drop_fraction", "every", "start", "stop")
+DROP_FRACTION, STOP = 0.3, 0.75  # of both rules
 
 
-def _default(option: str) -> Any:
-    """Of `dstee.transform`: both rules train with its schedule."""
-    return inspect.signature(dstee.transform).parameters[option].default
+def number_grown(active: int, step: int, total_steps: int) -> int:
+    """How many weights a layer exchanges at a step: a share of the active, by a cosine to zero."""
+    done = min(step / math.floor(STOP * total_steps), 1)
+    share = DROP_FRACTION / 2 * (1 + math.cos(math.pi * done))
+    return max(math.floor(share * active), 1) if share else 0
 
 
 def top(score: np.ndarray, among: np.ndarray, k: int) -> np.ndarray:
@@ -79,11 +79,13 @@ def measure(args: argparse.Namespace, arrays: Any) -> list[dict[str, Any]]:
     def trained(method: str, steps: int):
         options = [f"--method={method}", f"--model={args.model}", f"--epochs={args.epochs}"]
         options += [f"--dataset={args.dataset}", f"--sparsity={args.sparsity}"]
+        options += [f"--drop_fraction={DROP_FRACTION}", f"--stop={STOP}"]
         trainer = cifar.Trainer(cifar.parse(options), len(images), args.seed)
         state = trainer.init()
         *early, last = _batches(trainer, steps, len(images))
-        for index in early:
-            state, _ = trainer.step(state, index, images, labels)
+        for number, index in enumerate(early, start=1):
+            mask_step = number in trainer.learner.mask_steps
+            state, _ = trainer.step(state, index, images, labels, mask_step)
         return trainer, state, last
 
     _, dense, _ = trained("dense", LATER + 1)
@@ -93,24 +95,23 @@ def measure(args: argparse.Namespace, arrays: Any) -> list[dict[str, Any]]:
         x = trainer.batch_of(state, index, images)
         grads = trainer.learner.gradient(state, x, labels[index])
         total = trainer.steps_per_epoch * args.epochs
-        rounds = make_rounds(total, *(_default(n) for n in SCHEDULE))
         sparse = dstee.get_state(state.opt_state)
         rows_of = zip(
-            leaves_with_path(state.params),
-            mask_leaves(sparse.masks, state.params),
-            mask_leaves(sparse.counters, state.params),
+            trees.leaves_with_path(state.params),
+            trees.mask_leaves(sparse.masks, state.params),
+            trees.mask_leaves(sparse.counters, state.params),
             jax.tree.leaves(grads),
             jax.tree.leaves(dense.params),
             strict=True,
         )
         for (path, w), mask, counter, grad, later in rows_of:
-            if is_dense(mask) or bool(mask.all()):
+            if trees.is_dense(mask) or bool(mask.all()):
                 continue
             leaf = dstee.Leaf(w, grad, mask, counter, sparse.key, jnp.int32(AT))
-            k = int(rounds.k(int(mask.sum()), jnp.int32(AT)))
+            k = number_grown(int(mask.sum()), AT, total)
             k, share = ignored_share(~np.asarray(mask), *map(np.asarray, (later, score(leaf))), k)
             chance = 1 - k / max(int((~mask).sum()), 1)  # what growth at random would ignore
-            row = {"method": method, "layer": path_name(path), "k": k}
+            row = {"method": method, "layer": trees.path_name(path), "k": k}
             rows.append(row | {"ignored": round(share, 4), "chance": round(chance, 4)})
     return rows
 

@@ -93,20 +93,19 @@ def trace(problem: Problem, key: jax.Array, rate: jax.Array, rounds: int) -> Tra
     state = tx.init(params)
     params = dstee.apply_masks(params, state)
 
-    def step(carry, _=None):
+    def step(carry, mask_step):
         params, state = carry
         noise = jax.random.normal(jax.random.fold_in(key, state.count + 2), SHAPE)
         noise = noise * SIGMA / np.sqrt(noise.size)
         grads = {"kernel": problem.gradient(params["kernel"]) + noise}
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        return dstee.apply(tx, grads, state, params, mask_step=mask_step)
 
     def sgd_steps(carry):
-        return jax.lax.scan(step, carry, None, length=DELTA_T - 1)[0]
+        return jax.lax.fori_loop(0, DELTA_T - 1, lambda _, carry: step(carry, False), carry)
 
     def round_(carry, _):
         w = carry[0]["kernel"]
-        carry, _ = step(carry)
+        carry = step(carry, True)
         masked = jnp.where(carry[1].masks["kernel"], w, 0)
         row = Trace(
             problem.loss(w),

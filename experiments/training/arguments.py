@@ -2,8 +2,19 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def program() -> str:
+    """The module that runs, as `python -m` takes it: 'experiments.studies.figure1'."""
+    file = Path(sys.argv[0]).with_suffix("")
+    inside = file.is_relative_to(ROOT)
+    return ".".join(file.relative_to(ROOT).parts if inside else ("experiments", file.name))
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, **options: Any):
         super().__init__(
+            prog=f"python -m {program()}",
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             fromfile_prefix_chars="@",

@@ -25,6 +25,7 @@ from experiments.training.methods import (
     METHODS,
     STRUCTURES,
     first_masks,
+    mask_steps,
     model_params,
     optimizer,
 )
@@ -121,7 +122,10 @@ class Learner:
             indices=args.sparse_allreduce,
             **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
         )
-        self.tx = inner if self.trains != "masked" else self._make(masks=self._chosen(args, scored))
+        self.tx = optax.with_extra_args_support(inner)
+        if self.trains == "masked":
+            self.tx = self._make(masks=self._chosen(args, scored))
+        self.mask_steps = mask_steps(args.method, self.tx)
 
     def _built(self, training: bool) -> nnx.Module:
         model = self._model(dtype=self.dtype, rngs=nnx.Rngs(jax.random.fold_in(self.key, 0)))
@@ -181,8 +185,14 @@ class Learner:
         """The dense gradient of the loss on normalised images (n, h, w, 3) and labels (n,)."""
         return self._grads(state, x, y)[1]
 
-    def step(self, state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
-        """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss."""
+    def step(
+        self, state: TrainState, x: jax.Array, y: jax.Array, mask_step: bool
+    ) -> tuple[TrainState, jax.Array]:
+        """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss.
+
+        `mask_step`: whether it is one of `mask_steps`; the program of the others has no mask
+        update in it.
+        """
         if self.axis is None:
             (loss, stats), grads = self._grads(state, x, y)
         else:  # one device's part of the batch
@@ -190,8 +200,9 @@ class Learner:
             (loss, stats), grads = self._grads(mine, x, y)
             grads = dstee.pmean(grads, state.opt_state, self.axis)
             loss, stats = jax.lax.pmean((loss, stats), self.axis)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, opt_state = dstee.apply(
+            self.tx, grads, state.opt_state, state.params, mask_step=mask_step
+        )
         return TrainState(params, stats, opt_state, state.step + 1), loss
 
     def step_on(self, mesh: Mesh) -> Callable[..., tuple[TrainState, jax.Array]]:
@@ -199,7 +210,13 @@ class Learner:
         if self.axis is None:
             return self.step
         part = P(self.axis)
-        return jax.shard_map(self.step, mesh=mesh, in_specs=(P(), part, part), out_specs=(P(), P()))
+
+        def mapped(state, x, y, mask_step):
+            step = functools.partial(self.step, mask_step=mask_step)
+            specs = {"in_specs": (P(), part, part), "out_specs": (P(), P())}
+            return jax.shard_map(step, mesh=mesh, **specs)(state, x, y)
+
+        return mapped
 
     def hits(self, state: TrainState, x: jax.Array, y: jax.Array) -> jax.Array:
         """How many of the images (normalised) are classified as their label; int32, shape ()."""

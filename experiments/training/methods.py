@@ -1,6 +1,7 @@
 """Methods by the names that the command lines take, and what each needs from a trainer."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,8 +87,8 @@ def optimizer(
     selection: str = "auto",
     indices: bool = False,
     **options: Any,
-) -> optax.GradientTransformation:
-    """`inner` made sparse by the method of that name; `inner` itself for 'dense'.
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` made sparse by the method of that name; `inner` alone for 'dense'.
 
     Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
     are for all. `masks` are those of `first_masks`; `selection` and `indices` are
@@ -95,7 +96,7 @@ def optimizer(
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
-        return inner
+        return optax.with_extra_args_support(inner)
     names = (*names, "distribution", "where", "stack_axes")
     options = {name: value for name, value in options.items() if name in names}
     for name, named in (("structure", STRUCTURES), ("distribution", DISTRIBUTIONS)):
@@ -105,6 +106,24 @@ def optimizer(
         options["sparsity"] = sparsity
     options |= {"masks": masks, "selection": selection, "indices": indices}
     return factory(inner, total_steps=total_steps, key=key, **options)
+
+
+def mask_steps(method: str, tx: optax.GradientTransformation) -> Sequence[int]:
+    """The steps, from 1, on which the masks of that method's optimizer may change."""
+    factory, *_, trains = METHODS[method]
+    return dstee.mask_steps_of(tx) if factory and trains == "masked" else ()
+
+
+def segments(done: int, count: int, mask_steps: Sequence[int]) -> list[tuple[int, int, bool]]:
+    """The `count` steps after the first `done`, cut where ordinary and mask steps meet.
+
+    Returns:
+      (begin, end, mask_step) of each segment of steps of one kind: from `begin` of [0, count) to
+      before `end`.
+    """
+    kinds = itertools.groupby(range(count), lambda i: done + i + 1 in mask_steps)
+    cut = [(mask_step, list(steps)) for mask_step, steps in kinds]
+    return [(steps[0], steps[-1] + 1, mask_step) for mask_step, steps in cut]
 
 
 def model_params(params: Any) -> Any:

@@ -16,6 +16,8 @@ import flax
 import jax
 import optax
 
+from experiments.training.arguments import program
+
 RESULTS = Path(__file__).parents[2] / "results"
 
 
@@ -35,7 +37,7 @@ def provenance() -> dict[str, Any]:
     options = [a for i, a in enumerate(sys.argv[1:]) if not _is_path(sys.argv[1:], i)]
     options = [re.sub(r"(^|=|@)[^=@ ]*/", r"\1", option) for option in options]  # names of files
     return {
-        "command": f"python -m experiments.{Path(sys.argv[0]).stem} {shlex.join(options)}".strip(),
+        "command": f"python -m {program()} {shlex.join(options)}".strip(),
         "commit": _commit(),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {
