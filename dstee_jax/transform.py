@@ -259,7 +259,7 @@ def mask_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
       [1500, 3000]
     """
     asked = tx.update.args[0] if isinstance(tx.update, functools.partial) else None
-    if not isinstance(asked, Sparse):
+    if not isinstance(asked, Config):
         raise ValueError(
             f"{tx} is not from dstee.transform or dstee.methods: pass the transform that the "
             "chain, or the wrapper, was made of."

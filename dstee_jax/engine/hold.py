@@ -87,8 +87,6 @@ def _constant(var: Any) -> bool:
 def _evaluated(jaxpr: Any, equation: Any, values: dict[Any, Any]) -> list[tuple[Any, Any]]:
     """The variables that one equation makes, with their values."""
     given = list(dict.fromkeys(var for var in equation.invars if not _constant(var)))
-    one = jaxpr.replace(
-        eqns=[equation], invars=given, constvars=[], outvars=equation.outvars, debug_info=None
-    )
+    one = jaxpr.replace(eqns=[equation], invars=given, constvars=[], outvars=equation.outvars)
     out = jax.core.eval_jaxpr(one, (), *(values[var] for var in given))
     return list(zip(equation.outvars, out, strict=True))
