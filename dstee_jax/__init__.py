@@ -17,6 +17,8 @@ from dstee_jax.devices.allreduce import pmean, replicas_agree
 from dstee_jax.devices.shardings import blocks_of, state_shardings
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.engine.apply import apply
+from dstee_jax.engine.carry_over import carry_over
+from dstee_jax.engine.compatible import check
 from dstee_jax.engine.moments import unmatched_state
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
@@ -45,6 +47,8 @@ __all__ = [
     "apply_masks",
     "at_init",
     "blocks_of",
+    "carry_over",
+    "check",
     "density",
     "distributions",
     "drop_and_grow",

@@ -11,8 +11,7 @@ import pytest
 
 import dstee_jax as dstee
 from dstee_jax import scores
-from dstee_jax.engine import packed, rows
-from dstee_jax.engine import round as rule
+from dstee_jax.engine import packing, rows
 from dstee_jax.masks.random import random_mask
 from dstee_jax.selection import bisection
 from tests import oracle
@@ -358,7 +357,7 @@ def test_leaves_that_are_alike_share_a_program(monkeypatch):
     }
     masks = []
     for start in (2, 100):
-        monkeypatch.setattr(rule, "STACK_FROM", start)
+        monkeypatch.setattr("dstee_jax.engine.alike.STACK_FROM", start)
         masks.append(train(make(), params)[1].masks)
     equal(*masks)
 
@@ -462,17 +461,17 @@ def test_index_arithmetic_with_a_narrow_type(size, monkeypatch):
         expected = oracle.drop_and_grow(mask, score, score, 9, False)
         for module in (bisection, rows):
             monkeypatch.setattr(module, "INDEX", jnp.uint8)
-        monkeypatch.setattr("dstee_jax.selection.INDEX", jnp.uint8)
-        monkeypatch.setattr("dstee_jax.masks.INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.selection.drop_and_grow.INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.masks.random.INDEX", jnp.uint8)
         new = dstee.drop_and_grow.__wrapped__(
             jnp.array(mask), score, score, 9, k_max=9, selection="bisection"
         )
         equal(new, expected)
         full = random_mask(KEY, shape, n - 1)
         assert int(full.sum(dtype=jnp.int32)) == n - 1
-        found = packed.positions(full, n - 1, (1,) * len(shape))
+        found = packing.positions(full, n - 1, (1,) * len(shape))
         equal(np.sort(np.asarray(found).ravel()), np.flatnonzero(full))
-        equal(packed.take(jnp.arange(n).reshape(shape), found).ravel(), np.flatnonzero(full))
+        equal(packing.take(jnp.arange(n).reshape(shape), found).ravel(), np.flatnonzero(full))
 
 
 def test_more_than_two_to_the_31_entries_compile():

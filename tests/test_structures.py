@@ -8,6 +8,10 @@ import pytest
 
 import dstee_jax as dstee
 from dstee_jax import scores, structures
+from dstee_jax.engine.rule import Rule
+from dstee_jax.masks.counts import LeafSpec
+from dstee_jax.selection.drop_and_grow import Exchange
+from dstee_jax.selection.drop_and_grow import exchange as exchange_all
 
 KEY = jax.random.key(0)
 CASES = {
@@ -70,7 +74,13 @@ def test_structure_holds_while_weights_move(name, regrow, grow):
 
 def exchange(structure, mask, drop, grow, k, regrow=False):
     arrays = jnp.array(mask, bool), jnp.array(drop, float), jnp.array(grow, float)
-    return np.asarray(structure.exchange(*arrays, k, k, regrow, "auto")).astype(int).tolist()
+    rule = Rule(None, None, None, structure, regrow, "new", "auto")
+    spec = LeafSpec(k, k, (1,) * arrays[0].ndim, ())
+    row = Exchange(*arrays, spec.grid, k, None, k)
+    if rule.searches_alone:
+        return np.asarray(rule.exchange_alone(row, spec)).astype(int).tolist()
+    (new,) = exchange_all([rule.reduce(row, spec)], regrow=regrow, selection="auto")
+    return np.asarray(rule.expand(new, row, spec)).astype(int).tolist()
 
 
 def test_one_exchange_by_hand():

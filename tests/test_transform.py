@@ -273,7 +273,9 @@ def test_last_link_of_a_chain_takes_the_raw_gradient():
         theirs = optax.apply_updates(theirs, updates)
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     with pytest.raises(ValueError, match="Pass the raw gradient"):
-        chain.update(grads, state, params)
+        jax.jit(chain.update)(grads, state, params)
+    with pytest.raises(ValueError, match="Pass the raw gradient"):
+        chain.update(grads, chain.init(params), params)  # not jitted: on the first step
     # A rule that reads no gradient needs none.
     random = optax.chain(
         optax.sgd(0.1), methods.set(sparsity=0.8, total_steps=20, key=KEY, every=3)

@@ -1,6 +1,9 @@
 """What `transform` was asked for, how leaves are cut and counted, and the first state."""
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +33,10 @@ from dstee_jax.rules.schedule import Rounds
 from dstee_jax.rules.scores import Score
 from dstee_jax.state import SparseState, key_data
 from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked
+
+_WATCHED: contextvars.ContextVar[list["Config"] | None] = contextvars.ContextVar(
+    "watched", default=None
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +110,21 @@ class Config:
             return jnp.ones((), bool)
         return self.rounds.until(count) < self.grow_batches
 
+    @staticmethod
+    @contextlib.contextmanager
+    def watch() -> Iterator[list["Config"]]:
+        """While it lasts, the list gets what is asked for wherever an `init` is called."""
+        found: list[Config] = []
+        token = _WATCHED.set(found)
+        try:
+            yield found
+        finally:
+            _WATCHED.reset(token)
+
     def init(self, params: PyTree) -> SparseState:
         """The state before the first step."""
+        if (watched := _WATCHED.get()) is not None:
+            watched.append(self)
         seen = where_active = params
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
             first = counters = params
@@ -117,7 +137,7 @@ class Config:
             masked_leaves = [masked(mask, jnp.asarray(leaf)) for mask, leaf in leaves]
             seen = jax.tree.unflatten(jax.tree.structure(params), masked_leaves)
             if self.indices:
-                where_active = self._first_indices(params, first, specs)
+                where_active = self.first_indices(params, first, specs)
             if self.packed:
                 seen = packing.pack(seen, where_active)
                 packing.check_state(self.inner, params, seen)
@@ -150,7 +170,8 @@ class Config:
         rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
         return jax.tree.unflatten(treedef, [m if is_dense(m) else given.lay(m, x) for m, x in rows])
 
-    def _first_indices(self, params: PyTree, masks: PyTree, specs: list[LeafSpec | None]) -> PyTree:
+    def first_indices(self, params: PyTree, masks: PyTree, specs: list[LeafSpec | None]) -> PyTree:
+        """Where the active weights of each leaf are, as `SparseState.indices` has it."""
         rows = zip(mask_leaves(masks, params), specs, self.full(params, specs), strict=True)
         found = [
             optax.MaskedNode() if is_dense(mask) or full else _positions(mask, spec)

@@ -25,15 +25,8 @@ from dstee_jax.state import Leaf
 KEYS_AT_ONCE = 2**30
 
 
-def is_mask_step(
-    config: Config, specs: list[LeafSpec | None], masks: list[Any], count: jax.Array
-) -> Any:
-    """Whether step `count` is a mask step: bool, shape (); False itself if no step can be one.
-
-    A Python bool too where the count is not traced.
-    """
-    if not config.moves(specs, masks):
-        return False
+def is_mask_step(config: Config, count: jax.Array) -> Any:
+    """Whether step `count` is a mask step: bool, shape (); a Python bool if count is not traced."""
     due = config.rounds.is_round(count)
     if config.rule.plan.exchanges:
         due &= config.rounds.k(1, count) > 0

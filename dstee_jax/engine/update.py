@@ -50,15 +50,18 @@ def update(
             "static argument of jit."
         )
     inputs, plan_state = _inputs(config, updates, state, params, as_params, extra)
-    due: Any = False
-    if mask_step:
-        due = is_mask_step(config, inputs.specs, inputs.masks, inputs.count)
     indices = [optax.MaskedNode()] * len(inputs.weights)
     if config.indices:
         indices = mask_leaves(state.indices, params)
     params_now = inputs.weights if as_params else ()
     kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, indices)
-    now = _step(inputs, due, Carry(*kept, params=params_now))
+    now = Carry(*kept, params=params_now)
+    due: Any = False
+    if mask_step and config.moves(inputs.specs, inputs.masks):
+        due = is_mask_step(config, inputs.count)
+        if isinstance(due, bool) and inputs.count == 1:  # not jitted: say now what a round lacks
+            jax.eval_shape(lambda: _step(inputs, True, now).masks)
+    now = _step(inputs, due, now)
     return inputs.tree(list(now.params if as_params else now.updates)), SparseState(
         count=inputs.count,
         key=state.key,
