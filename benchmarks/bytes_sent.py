@@ -83,7 +83,10 @@ def report_sharded() -> None:
         sent = compiled_update(resnet50_shapes(), axis_type, **options)
         kinds = sorted({c.kind for c in sent})
         parts = [f"{kind} {sum(c.bytes for c in sent if c.kind == kind):,}" for kind in kinds]
-        print(f"  {name}: at most {sum(c.bytes for c in sent):,} ({', '.join(parts)})")
+        print(
+            f"  {name}: at most {sum(c.bytes for c in sent):,} ({', '.join(parts)}), by "
+            f"{len(sent)} instructions, at most {sum(c.trips for c in sent)} one after the other"
+        )
 
 
 def compiled_mean(shapes) -> tuple[int, int, int]:

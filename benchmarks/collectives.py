@@ -35,14 +35,13 @@ def _size(dtype: str) -> int:
     return _BYTES.get(dtype) or int(number.group()) // 8
 
 
-def collectives(text: str, trips: int = 15) -> list[Collective]:
+def collectives(text: str, trips: int = 16) -> list[Collective]:
     """All collectives of an optimised HLO module.
 
     Args:
       text: `compiled.as_text()`.
-      trips: how often a `while` without a known trip count runs at most; 15 for the bisection
-        of 32-bit keys, two bits a pass, of which the first is before the loop. A loop whose
-        body ends it runs once.
+      trips: how often a `while` without a known trip count runs at most; 16 for the bisection
+        of 32-bit keys, two bits a pass. A loop whose body ends it runs once.
     """
     bodies, entry = _computations(text)
     return list(_walk(bodies, entry, (), 1, trips))

@@ -9,10 +9,14 @@ import jax
 
 
 def medians(functions: dict[str, Callable[[], object]], repeats: int = 7) -> dict[str, float]:
-    """Median milliseconds of each function, called in turn after one warm-up."""
+    """Median milliseconds of each function, called in turn after one warm-up.
+
+    What a function has as `prepare` is called before it, and not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
+            getattr(function, "prepare", lambda: None)()
             begin = time.perf_counter()
             jax.block_until_ready(function())
             if round_:

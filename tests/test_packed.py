@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import dstee_jax as dstee
-from dstee_jax import scores
+from dstee_jax import plans, scores
 from dstee_jax.engine import packing, rows
 from dstee_jax.masks.random import random_mask
 from dstee_jax.selection import bisection
@@ -138,9 +138,44 @@ def test_an_ordinary_step_copies_nothing(donated, copies):
     tx, params = make(optax.adamw(1e-2), packed=True), {"kernel": tree(0)["a"]["kernel"]}
     args = params, tx.init(params), params
     step = jax.jit(lambda p, s, g: dstee.apply(tx, g, s, p), donate_argnums=donated)
-    entry = step.lower(*args).compile().as_text().split("ENTRY")[1]
+    assert (copied(step.lower(*args).compile()) > 0) == copies
+
+
+def copied(program):
+    """How many arrays of more than one entry a program copies, outside its loops."""
+    entry = program.as_text().split("ENTRY")[1]
     sizes = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", entry)
-    assert any(re.search(r"[2-9]|\d\d", size) for size in sizes) == copies
+    return sum(bool(re.search(r"[2-9]|\d\d", size)) for size in sizes)
+
+
+@pytest.mark.parametrize("mask_step", [False, True])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.sgd(0.1),
+        optax.sgd(0.1, momentum=0.9),
+        optax.adamw(1e-2),
+        optax.lion(1e-3),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True)),
+    ],
+)
+def test_an_ordinary_step_of_whole_leaves_copies_what_the_optimizer_does(inner, mask_step):
+    """Nothing, but with lion, which reads a moment after it is made anew."""
+    tx = make(inner)
+    params = {"kernel": jax.random.normal(KEY, (64, 96)), "other": {"kernel": jnp.ones((96, 7))}}
+
+    def step(params, state, grads):
+        return dstee.apply(tx, grads, state, params, mask_step=mask_step)
+
+    def dense(params, state, grads):
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    ours, theirs = (
+        jax.jit(f, donate_argnums=(0, 1)).lower(params, state, params).compile()
+        for f, state in ((step, tx.init(params)), (dense, inner.init(params)))
+    )
+    assert copied(ours) <= copied(theirs)
 
 
 def test_a_promise_that_there_is_no_mask_step():
@@ -360,6 +395,18 @@ def test_leaves_that_are_alike_share_a_program(monkeypatch):
         monkeypatch.setattr("dstee_jax.engine.alike.STACK_FROM", start)
         masks.append(train(make(), params)[1].masks)
     equal(*masks)
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"plan": plans.below_zero()}])
+def test_keys_are_searched_in_groups(options, monkeypatch):
+    """Whatever number of leaves is searched at once, the masks are the same."""
+    masks = []
+    for limit in (2**30, 2000, 1):
+        monkeypatch.setattr("dstee_jax.engine.round.KEYS_AT_ONCE", limit)
+        params, state = train(make(selection="bisection", **options), tree(0))
+        masks.append((params, state.masks, state.counters))
+    equal(*masks[:2])
+    equal(*masks[1:])
 
 
 def test_a_transformer_of_200_leaves_has_few_programs():
