@@ -18,6 +18,7 @@ from dstee_jax.devices.shardings import blocks_of, state_shardings
 from dstee_jax.distributions import erk, uniform
 from dstee_jax.engine.apply import apply
 from dstee_jax.engine.moments import unmatched_state
+from dstee_jax.exporting import register_for_export
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.rescale import rescale
@@ -65,6 +66,7 @@ __all__ = [
     "penalties",
     "plans",
     "pmean",
+    "register_for_export",
     "replicas_agree",
     "rescale",
     "scores",
