@@ -20,6 +20,7 @@ from dstee_jax.engine.apply import apply
 from dstee_jax.engine.carry_over import carry_over
 from dstee_jax.engine.compatible import check
 from dstee_jax.engine.moments import unmatched_state
+from dstee_jax.exporting import register_for_export
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.rescale import rescale
@@ -69,6 +70,7 @@ __all__ = [
     "penalties",
     "plans",
     "pmean",
+    "register_for_export",
     "replicas_agree",
     "rescale",
     "scores",

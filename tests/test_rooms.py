@@ -40,7 +40,7 @@ FLOORS = {
         ["masks"],
         ["engine"],
         ["devices", "measure", "soft_threshold"],
-        ["transform"],
+        ["exporting", "transform"],
         ["methods"],
         [name for name, (behind, _) in PUBLIC.items() if behind],
         ["__init__"],

@@ -191,6 +191,33 @@ def test_states_of_nnx_lie_as_their_parameters():
         assert kernel.spec == P("fsdp", "tp")
 
 
+def test_a_module_named_as_a_field_of_the_state_keeps_its_own_sharding():
+    mesh, specs = mesh_of(AxisType.Auto), {"mu": P("tp", "fsdp"), "nu": P(None, "fsdp")}
+    whole = {"Dense_0": {"kernel": P("fsdp", "tp")}}
+    heads = {name: {"Dense_0": {"kernel": spec}} for name, spec in specs.items()}
+    places = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), whole | heads | {"count": {"bias": P("tp")}}
+    )
+    params = jax.tree.map(
+        lambda s: jnp.ones((16,) * (2 if "fsdp" in s.spec else 1), device=s), places
+    )
+    inner = optax.chain(optax.masked(optax.adam(0.1), {**dict.fromkeys(params, True), "nu": False}))
+    tx = make(inner, memory=dstee.memory.dense_momentum())
+    shapes = jax.eval_shape(tx.init, params)
+    found = dstee.state_shardings(shapes, params)
+    assert jax.tree.structure(found) == jax.tree.structure(shapes)
+    kernels = {name: place for name, place in places.items() if name != "count"}
+    for tree_ in (found.masks, found.counters, found.rule_state.memory):
+        assert {name: tree_[name] for name in kernels} == kernels
+    adam = found.inner_state[0].inner_state[0]
+    for moments in (adam.mu, adam.nu):
+        assert isinstance(moments["nu"], optax.MaskedNode)
+        others = {name: place for name, place in places.items() if name != "nu"}
+        assert {name: moments[name] for name in others} == others
+    scalars = found.count, found.needs_dense, found.key, adam.count
+    assert all(s.spec == P() for s in scalars)
+
+
 def test_packed_leaves_over_explicit_axes_need_blocks():
     mesh = mesh_of(AxisType.Explicit)
     with jax.set_mesh(mesh):

@@ -1,5 +1,7 @@
 """Shardings: how an optimizer's state lies on devices, from how the parameters do."""
 
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -13,9 +15,11 @@ from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name, path_
 def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
     """A sharding for each leaf of an optimizer state: its parameter's, or replicated.
 
-    Masks, counters, moments and what a method keeps of its own lie as the parameter whose path
-    theirs ends in; so do packed moments and indices, whose blocks are cut along the same axes.
-    Scalars, keys, and leaves that a spec does not divide are replicated.
+    Masks, counters, moments and what a method keeps of its own lie as their parameters do; so do
+    packed moments and indices, whose blocks are cut along the same axes. They are found top down:
+    the first node that has the names of all parameters, in order, holds a leaf for each of them,
+    whatever it is called itself. Scalars, keys, and leaves that a spec does not divide are
+    replicated.
 
     Args:
       opt_state: state or shapes, as `jax.eval_shape(tx.init, params)`.
@@ -43,18 +47,19 @@ def state_shardings(opt_state: PyTree, params: PyTree) -> PyTree:
     by_path = _placed(params)
     if not by_path:
         raise ValueError("params has no leaf: pass the parameters that opt_state was made for.")
-    mesh = next(iter(by_path.values()))[1].mesh
+    everywhere = NamedSharding(next(iter(by_path.values()))[1].mesh, P())
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        names = path_parts(path)
-        if names[-1:] == ("value",) and names not in by_path:  # of a Variable of Flax NNX
-            names = names[:-1]
-        for start in range(len(names) + 1):
-            if names[start:] in by_path:
-                return _as(leaf, *by_path[names[start:]])
-        return NamedSharding(mesh, P())
+    def each(node: Any) -> list[NamedSharding]:
+        """For each leaf of a node of the state, in order."""
+        owned = _by_parameter(node, list(by_path))
+        if owned:
+            return [_as(leaf, *by_path[path]) for path, leaf in owned]
+        children = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
+        if children and children[0] is node:
+            return [everywhere]
+        return [place for child in children for place in each(child)]
 
-    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+    return jax.tree.unflatten(jax.tree.structure(opt_state), each(opt_state))
 
 
 def blocks_of(params: PyTree) -> Blocks:
@@ -102,6 +107,28 @@ def _placed(params: PyTree) -> dict[tuple[str, ...], tuple[tuple[int, ...], Name
             )
         by_path[path_parts(path)] = (tuple(leaf.shape), place)
     return by_path
+
+
+def _by_parameter(node: Any, paths: list[tuple[str, ...]]) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of a node with the path of the parameter of each; empty if it has other names.
+
+    A `MaskedNode` may stand for a leaf or for all below it.
+    """
+    owned, left = [], paths
+    for key_path, leaf in leaves_with_path(node):
+        path = path_parts(key_path)
+        if not is_dense(leaf):
+            if left[:1] != [path]:
+                return []
+            owned.append((path, leaf))
+        if not left or not _is_below(path, left[0]):
+            return []
+        left = list(itertools.dropwhile(functools.partial(_is_below, path), left))
+    return [] if left else owned
+
+
+def _is_below(path: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return other[: len(path)] == path
 
 
 def _as(leaf: Any, shape: tuple[int, ...], place: NamedSharding) -> NamedSharding:

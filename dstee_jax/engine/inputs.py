@@ -161,7 +161,7 @@ class StepInputs:
 
 
 def leaves_like(params: PyTree, tree: PyTree, what: str) -> list[jax.Array]:
-    """The leaves of a tree that must have the structure and the shapes of the parameters."""
+    """The leaves of a tree that must fit the parameters: structure, shapes, real numbers."""
     treedef: Any = jax.tree.structure(params)
     if jax.tree.structure(tree) != treedef:
         raise ValueError(
@@ -176,5 +176,12 @@ def leaves_like(params: PyTree, tree: PyTree, what: str) -> list[jax.Array]:
                 f"{what} of {path_name(path)} has shape {jnp.shape(leaf)}, the parameter "
                 f"{jnp.shape(param)}: average gradients of single examples or devices over their "
                 "axis first."
+            )
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        of_param = jnp.result_type(param)
+        if jnp.issubdtype(of_param, jnp.floating) and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"{what} of {path_name(path)} has dtype {dtype.name}, the parameter "
+                f"{of_param.name}: differentiate a real loss with respect to these params."
             )
     return leaves

@@ -141,15 +141,15 @@ def check_state(inner: optax.GradientTransformation, params: PyTree, packed: PyT
     """
     names = []
     for tree in (params, packed):
-        pairs = leaves_with_path(jax.eval_shape(inner.init, tree))
-        leaves = [(path, leaf) for path, leaf in pairs if not is_dense(leaf)]
+        state = leaves_with_path(jax.eval_shape(inner.init, tree))
+        leaves = [(path, leaf) for path, leaf in state if not is_dense(leaf)]
         names.append([path_name(path) for path, _ in leaves])
         for (path, leaf), owner in zip(leaves, owners(inner, tree), strict=True):
             if not isinstance(owner, int) and leaf.ndim:
                 raise ValueError(
                     f"packed=True: the inner optimizer keeps {path_name(path)} of shape "
-                    f"{leaf.shape}, which is neither a scalar nor one value for each weight: "
-                    "leave packed=True out, or take another optimizer, as optax.adamw."
+                    f"{leaf.shape}, which is neither a scalar nor one value for each weight of a "
+                    "parameter: leave packed=True out, or take another optimizer, as optax.adamw."
                 )
     if names[0] != names[1]:
         other = sorted(set(names[0]) ^ set(names[1]))

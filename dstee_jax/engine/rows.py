@@ -75,7 +75,8 @@ def rank(mask: jax.Array, where: jax.Array) -> jax.Array:
 def _words(mask: jax.Array) -> jax.Array:
     """The entries of a bool row as bits, the first one lowest: uint32, the last one padded."""
     bits = jnp.pad(mask, (0, -mask.size % BITS)).reshape(-1, BITS).astype(jnp.uint32)
-    return jnp.sum(bits << jnp.arange(BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    place = lax.broadcasted_iota(jnp.uint32, bits.shape, 1)
+    return jnp.sum(bits << place, axis=-1, dtype=jnp.uint32)
 
 
 def _before(words: jax.Array) -> jax.Array:

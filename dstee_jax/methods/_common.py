@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Required, TypeAlias, TypedDict
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dstee_jax.masks.counts import Blocks, Sparsity, StackAxes, Where
@@ -69,8 +70,27 @@ def make(inner: Inner, defaults: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def half_to_nearly_none(total_steps: int) -> optax.Schedule:
-    """The rate of SNFS, ITOP and GraNet: from 0.5 by cosine to 0.005 at the end."""
-    return optax.cosine_decay_schedule(0.5, max(total_steps, 1), alpha=0.01)
+    """The rate of SNFS, ITOP and GraNet: from 0.5 by cosine to 0.005 at the end.
+
+    As `optax.cosine_decay_schedule`, also under strict dtype promotion.
+    """
+    steps = max(total_steps, 1)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        angle = jnp.pi * jnp.minimum(count, steps).astype(jnp.float32) / steps
+        return 0.5 * (0.99 * (0.5 * (1 + jnp.cos(angle))) + 0.01)
+
+    return schedule
+
+
+def halved_by_thirds(total_steps: int) -> optax.Schedule:
+    """The rate of MEST: 0.3, then 0.15 and 0.075 after each third of the training."""
+    first, second = max(total_steps // 3, 1), max(2 * total_steps // 3, 2)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return jnp.where(count < first, 0.3, jnp.where(count < second, 0.15, 0.075))
+
+    return schedule
 
 
 def itop(total_steps: int) -> dict[str, Any]:

@@ -2,9 +2,15 @@
 
 from typing import Unpack
 
-import optax
-
-from dstee_jax.methods._common import Inner, Options, Transform, Untimed, itop, make
+from dstee_jax.methods._common import (
+    Inner,
+    Options,
+    Transform,
+    Untimed,
+    halved_by_thirds,
+    itop,
+    make,
+)
 from dstee_jax.rules import memory, penalties, plans, scores
 
 
@@ -114,12 +120,11 @@ def mest(
       grows in one exchange, where theirs prunes below the target and grows back: the same
       masks. lambda and the steps of the ratio could not be checked.
     """
-    thirds = {max(total_steps // 3, 1): 0.5, max(2 * total_steps // 3, 2): 0.5}
     defaults = {
         "total_steps": total_steps,
         "drop": scores.magnitude_and_gradient(gradient_weight),
         "grow": scores.random(),
-        "drop_fraction": optax.piecewise_constant_schedule(0.3, thirds),
+        "drop_fraction": halved_by_thirds(total_steps),
         "every": 1950,
         "stop": 0.9,
         "update_weights": True,

@@ -61,7 +61,7 @@ class Plan(NamedTuple):
         """Counts of all leaves at step 0, None where dense, from those at the asked sparsity."""
         if self.starts is None:
             return targets
-        sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+        sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(params)]
         sparse = [i for i, n in enumerate(targets) if n is not None]
 
         def only(counts: list[Any]) -> list[int]:
@@ -128,7 +128,7 @@ def redistribute(importance: Score, *, cap: float = 0.99) -> Plan:
         for leaf in round_.leaves:
             active = _count(leaf.mask)
             value = jnp.sum(jnp.where(leaf.mask, importance(leaf), 0), dtype=jnp.float32)
-            weights.append(value / jnp.maximum(active, 1))
+            weights.append(value / jnp.maximum(active, 1).astype(jnp.float32))
             # A leaf never loses its last weight.
             drops.append(jnp.minimum(portion(round_.fraction, active), jnp.maximum(active - 1, 0)))
             free.append(leaf.mask.size - active)
@@ -283,20 +283,23 @@ def apportion(total: jax.Array | int, weights: Counts, caps: Counts) -> list[jax
     cap = jnp.stack([jnp.asarray(c, jnp.int32) for c in caps])
     weight = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights])
     weight = jnp.where(jnp.isfinite(weight), weight, 0)
-    total = jnp.minimum(jnp.asarray(total, jnp.int32), cap.sum())
+    total = jnp.minimum(jnp.asarray(total, jnp.int32), _sum(cap))
 
     def share(_, given: jax.Array) -> jax.Array:
         room = cap - given
         open_weight = jnp.where(room > 0, weight, 0)
         open_weight = jnp.where(open_weight.sum() > 0, open_weight, room.astype(jnp.float32))
-        rest = total - given.sum()
-        ideal = rest * open_weight / jnp.maximum(open_weight.sum(), 1e-30)
+        rest = total - _sum(given)
+        ideal = rest.astype(jnp.float32) * open_weight / jnp.maximum(open_weight.sum(), 1e-30)
         more = jnp.minimum(jnp.floor(ideal).astype(jnp.int32), room)
-        more = jnp.minimum(more, jnp.maximum(rest - (jnp.cumsum(more) - more), 0))
+        before = jnp.cumsum(more, dtype=jnp.int32) - more
+        more = jnp.minimum(more, jnp.maximum(rest - before, 0))
         # Fewer than one each is left: the largest remainders take it.
-        left = rest - more.sum()
-        order = jnp.argsort(jnp.where(more < room, more - ideal, jnp.inf), stable=True)
-        rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+        left = rest - _sum(more)
+        order = jnp.argsort(
+            jnp.where(more < room, more.astype(jnp.float32) - ideal, jnp.inf), stable=True
+        )
+        rank = jnp.zeros_like(cap).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
         extra = (rank < left) & (more < room) & (left < order.size)
         return given + more + extra.astype(jnp.int32)
 
@@ -330,7 +333,12 @@ def _lowest_overall(round_: Round, count: jax.Array) -> list[jax.Array]:
 
 
 def _total(counts: list[jax.Array]) -> jax.Array:
-    return jnp.sum(jnp.stack(counts))
+    return _sum(jnp.stack(counts))
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    """In the type of the counts, also where JAX adds integers in 64 bits."""
+    return jnp.sum(counts, dtype=counts.dtype)
 
 
 def _count(mask: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dstee_jax.rules import units
 from dstee_jax.selection.bisection import largest_bits
@@ -94,7 +95,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
 
     def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
         active, drop, grow = (grouped(x) for x in (mask, drop_score, grow_score))
-        places = jnp.arange(m)
+        places = lax.broadcasted_iota(jnp.int32, active.shape, active.ndim - 1)
         drop = jnp.where(active, drop, jnp.inf)
         worst = places == drop.argmin(-1, keepdims=True)
         able = ~active & jnp.isfinite(grow)

@@ -77,7 +77,7 @@ def _largest_top_k(score: jax.Array, inner: tuple[int, ...], k: jax.Array, k_max
     moved = score.transpose(*outer, *inner)
     flat = moved.reshape(*moved.shape[: len(outer)], _size(score, inner))
     _, index = lax.top_k(flat, k_max)
-    wanted = jnp.arange(k_max, dtype=INDEX) < k[..., None]
+    wanted = lax.broadcasted_iota(INDEX, index.shape, index.ndim - 1) < k[..., None]
     found = jnp.put_along_axis(
         jnp.zeros(flat.shape, bool), index, wanted, axis=-1, inplace=False, mode="promise_in_bounds"
     )

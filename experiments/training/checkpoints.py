@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
@@ -40,7 +41,7 @@ class Checkpoints:
         load = ocp.args
         items = load.Composite(state=load.StandardRestore(like), notes=load.JsonRestore())
         loaded = self.manager.restore(self.latest(), args=items)
-        return loaded["state"], loaded["notes"]
+        return jax.tree.map(_raw, loaded["state"]), loaded["notes"]
 
     def restore_plain(self) -> dict[str, Any]:
         """The last state as nested dicts of arrays on one device, whatever devices saved it.
@@ -54,3 +55,9 @@ class Checkpoints:
         saved = self.manager.item_metadata(self.latest())["state"]
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
         return self.restore(like)[0]
+
+
+def _raw(x: Any) -> Any:
+    """The data of a typed PRNG key, which checkpoints from before 0.2 hold; else x itself."""
+    typed = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(x) if typed else x
