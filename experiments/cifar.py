@@ -193,6 +193,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
         if prune_at is not None and first > prune_at:
             state = trainer.prune(state, images)  # for its shapes
         state, history = store.restore(state)
+        dstee.check(trainer.learner.tx, state.opt_state, state.params)
     events = Events(args.work_dir, first) if args.work_dir else None
     seconds = sum(row["seconds"] for row in history)
     density, explored = map(float, measures(state.params, state.opt_state))

@@ -26,6 +26,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import dstee_jax as dstee
 from experiments.data import imagenet as images
 from experiments.data.cifar import normalise
 from experiments.training import records, sis
@@ -252,6 +253,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if prune_at is not None and first > prune_at:
             programs, state = pruned(setup, state, args, mesh)  # for its shapes
         state, notes = store.restore(state)
+        dstee.check(learner.tx, state.opt_state, state.params)
         if setup.train is not None:
             batches.set_state(notes["input"])
     log = Log(args, first)
