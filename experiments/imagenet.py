@@ -101,6 +101,15 @@ def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Progra
     )
 
 
+def both_steps(programs: Programs, learner: Learner, state: Any, batch: Any) -> dict[bool, Any]:
+    """The compiled step without and with a mask update, by whether it has one.
+
+    Compiled before the first step, so that no process waits for another in the middle of a run.
+    """
+    kinds = {False, len(learner.mask_steps) > 0}
+    return {kind: programs.step.lower(state, *batch, kind).compile() for kind in kinds}
+
+
 def all_finite(state: TrainState) -> jax.Array:
     """Whether all parameters and statistics are finite; bool, shape ()."""
     floats = jax.tree.leaves((state.params, state.stats))
@@ -273,12 +282,14 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
             store.save(step, state, {"input": position, "accuracy": accuracy, "speeds": speeds})
 
     preempted, losses, begin = Preemption(), [], time.perf_counter()
+    compiled: dict[bool, Any] = {}
     density, explored = map(float, programs.measures(state.params, state.opt_state))
     for step in range(first + 1, total + 1):
         if step - 1 == prune_at:
-            programs, state = pruned(setup, state, args, mesh)
+            (programs, state), compiled = pruned(setup, state, args, mesh), {}
         batch = global_batch(next(batches), mesh)
-        state, loss = programs.step(state, *batch, step in learner.mask_steps)
+        compiled = compiled or both_steps(programs, learner, state, batch)
+        state, loss = compiled[step in learner.mask_steps](state, *batch)
         losses.append(loss)
         if step % args.log_every == 0 or step == total:
             mean = float(check_finite(losses, step).mean())
