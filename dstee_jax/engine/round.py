@@ -160,5 +160,6 @@ def _devices(x: jax.Array) -> int:
 def _add(rule: Rule, leaf: Leaf, new: jax.Array) -> jax.Array:
     """The counter with this round in it; it saturates."""
     seen = new if rule.counter_update == "new" else leaf.mask
-    room = leaf.counter < jnp.iinfo(leaf.counter.dtype).max
-    return leaf.counter + (seen & room).astype(leaf.counter.dtype)
+    dtype = leaf.counter.dtype
+    room = leaf.counter < jnp.array(jnp.iinfo(dtype).max, dtype)
+    return leaf.counter + (seen & room).astype(dtype)
