@@ -215,48 +215,6 @@ def test_sparsity_zero_is_the_inner_optimizer():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-INNER = {
-    "sgd": optax.sgd(0.1),
-    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adamw": optax.adamw(0.01),
-    "adagrad": optax.adagrad(0.01),
-    "lion": optax.lion(0.01),
-    "rmsprop": optax.rmsprop(0.01, momentum=0.9),
-    "adafactor": optax.adafactor(0.01),
-    "muon": optax.contrib.muon(0.01),
-    "schedule_free": optax.contrib.schedule_free_adamw(0.01),
-    "clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
-    "masked": optax.masked(optax.adam(0.01), lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
-}
-
-
-@pytest.mark.parametrize("name", INNER)
-def test_moments_of_inactive_weights_are_the_initial_ones(name):
-    params, inner = make_params(), INNER[name]
-    tx = dstee.transform(inner, sparsity=0.8, total_steps=20, key=KEY, every=3)
-    params, state = run(tx, params, 12)
-    fresh = inner.init(params)
-    seen = 0
-    pairs = zip(
-        jax.tree_util.tree_leaves_with_path(state.inner_state),
-        jax.tree.leaves(fresh),
-        strict=True,
-    )
-    for (path, moment), initial in pairs:
-        for layer in params:
-            mask = state.masks[layer]["kernel"]
-            if (
-                f"['{layer}']['kernel']" in jax.tree_util.keystr(path)
-                and moment.shape == mask.shape
-            ):
-                np.testing.assert_array_equal(moment[~mask], initial[~mask])
-                seen += 1
-                assert not jnp.array_equal(moment[mask], initial[mask])
-    assert seen == {"sgd": 0, "adafactor": 2, "adamw": 4, "adagrad": 2, "lion": 2}.get(name, seen)
-    for layer in params:
-        assert not jnp.any(params[layer]["kernel"][~state.masks[layer]["kernel"]])
-
-
 def test_last_link_of_a_chain_takes_the_raw_gradient():
     params = make_params()
     make = functools.partial(methods.rigl, sparsity=0.8, total_steps=20, key=KEY, every=3)

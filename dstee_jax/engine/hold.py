@@ -6,6 +6,7 @@ made, and all that follows reads the selected one: XLA works in place. The updat
 mean nothing.
 """
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,13 +45,23 @@ def update_or_hold(
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(*trees)
     jaxpr, old = closed.jaxpr, jax.tree.leaves(state)
     made = jaxpr.outvars[-len(old) :] if old else []
-    kept = {var: x for var, x in zip(made, old, strict=True) if is_float(x) and not _constant(var)}
+    # A gradient that the state keeps as it came, or one array in two places: selected at the end.
+    computed = {var for equation in jaxpr.eqns for var in equation.outvars}
+    places = collections.Counter(var for var in made if not _constant(var))
+    kept = {
+        var: x
+        for var, x in zip(made, old, strict=True)
+        if is_float(x) and not _constant(var) and var in computed and places[var] == 1
+    }
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= dict(zip(jaxpr.invars, jax.tree.leaves(trees), strict=True))
     for equation in jaxpr.eqns:
         for var, x in _evaluated(jaxpr, equation, values):
             values[var] = jnp.where(hold, kept[var].astype(x.dtype), x) if var in kept else x
     out = [var.val if _constant(var) else values[var] for var in jaxpr.outvars]
+    for j, (var, x) in enumerate(zip(made, old, strict=True), len(out) - len(old)):
+        if is_float(x) and out[j] is not x and (_constant(var) or var not in kept):
+            out[j] = jnp.where(hold, x, out[j])
     updates, new = jax.tree.unflatten(jax.tree.structure(shapes), out)
     return jax.tree.leaves(updates), new
 
