@@ -184,7 +184,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     state, first, history = trainer.init(), 0, []
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     if scored is not None:
-        print_(dstee.summary(state.opt_state))
+        print_(dstee.summary(state.opt_state, state.params))
     store = Checkpoints(args.work_dir, keep=args.resume) if args.work_dir else None
     pruned = trainer.learner.trains == "pruned"
     prune_at = round(sis.PRUNE_AT * args.epochs) if pruned else None
@@ -230,7 +230,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
             store.save(epoch + 1, state, history)
 
     if dstee.get_states(state.opt_state):
-        print_(dstee.summary(state.opt_state))
+        print_(dstee.summary(state.opt_state, state.params))
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
     options = (*OPTIONS, "rescale", "sparse_allreduce")
     decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}

@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
     test = evaluate(params, text.test)
     print_(f"test perplexity {test:.3f}")
     if dstee.get_states(opt_state):
-        print_(dstee.summary(opt_state))
+        print_(dstee.summary(opt_state, params))
     named = ("method", "sparsity", "steps", "batch", "length", "layers", "width", "heads")
     named += ("learning_rate", "weight_decay", "rescale", "bf16")
     return {

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import dstee_jax as dstee
 
@@ -49,3 +50,23 @@ def test_a_frozen_layer_is_untouched():
     assert int(state.masks["head"]["kernel"].sum()) == 20  # 10% of 192, rounded up
     assert isinstance(state.masks["backbone"]["kernel"], optax.MaskedNode)
     assert float(loss_fn(params)) < float(loss_fn(first))
+
+
+def test_a_frozen_layer_that_is_sparse_is_warned_about():
+    """As the program shows: also behind a chain, and only where a mask step is in the program."""
+    labels = {"backbone": "frozen", "head": "trained"}
+    inner = optax.multi_transform(
+        {"frozen": optax.set_to_zero(), "trained": optax.sgd(0.1)}, labels
+    )
+    options = {"sparsity": 0.5, "total_steps": 200, "key": jax.random.key(0)}
+    params = {name: {"kernel": jnp.ones((8, 8))} for name in labels}
+    for optimizer in (inner, optax.chain(optax.clip_by_global_norm(1.0), inner)):
+        tx = dstee.transform(optimizer, **options)
+        state = tx.init(params)
+        with pytest.warns(UserWarning, match=r"never updates \['backbone/kernel'\].*where="):
+            jax.jit(tx.update).lower(params, state, params)
+        jax.jit(tx.update, static_argnames="mask_step").lower(
+            params, state, params, mask_step=False
+        )
+    fixed = dstee.methods.static(inner, **options)
+    jax.jit(fixed.update).lower(params, fixed.init(params), params)
