@@ -22,7 +22,7 @@ from dstee_jax.rules.plans import Plan
 from dstee_jax.rules.schedule import DropFraction, Every, make_rounds
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.structures import Structure
-from dstee_jax.selection.drop_and_grow import Selection, check_selection
+from dstee_jax.selection.largest import Selection, check_selection
 from dstee_jax.state import check_key
 from dstee_jax.trees import PyTree
 

@@ -508,7 +508,8 @@ def test_index_arithmetic_with_a_narrow_type(size, monkeypatch):
         expected = oracle.drop_and_grow(mask, score, score, 9, False)
         for module in (bisection, rows):
             monkeypatch.setattr(module, "INDEX", jnp.uint8)
-        monkeypatch.setattr("dstee_jax.selection.drop_and_grow.INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.selection.exchange.INDEX", jnp.uint8)
+        monkeypatch.setattr("dstee_jax.selection.largest.INDEX", jnp.uint8)
         monkeypatch.setattr("dstee_jax.masks.random.INDEX", jnp.uint8)
         new = dstee.drop_and_grow.__wrapped__(
             jnp.array(mask), score, score, 9, k_max=9, selection="bisection"

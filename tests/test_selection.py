@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dstee_jax.selection.drop_and_grow import drop_and_grow, largest
+from dstee_jax.selection.drop_and_grow import drop_and_grow
+from dstee_jax.selection.largest import largest
 from tests import oracle
 
 WAYS = ("top_k", "bisection")

@@ -10,8 +10,8 @@ import dstee_jax as dstee
 from dstee_jax import scores, structures
 from dstee_jax.engine.rule import Rule
 from dstee_jax.masks.counts import LeafSpec
-from dstee_jax.selection.drop_and_grow import Exchange
-from dstee_jax.selection.drop_and_grow import exchange as exchange_all
+from dstee_jax.selection.exchange import Exchange
+from dstee_jax.selection.exchange import exchange as exchange_all
 
 KEY = jax.random.key(0)
 CASES = {

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.selection.drop_and_grow import Exchange
+from dstee_jax.selection.exchange import Exchange
 from dstee_jax.selection.parts import sharding_of
 
 # From this many leaves on it pays to copy them into one array.

@@ -12,7 +12,7 @@ from dstee_jax.engine.compatible import first_state, same_names
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.moments import owners, restarted
 from dstee_jax.masks.counts import LeafSpec
-from dstee_jax.selection.drop_and_grow import Exchange, exchange
+from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.selection.parts import inner_axes, split
 from dstee_jax.state import SparseState, get_states, wrap_key
 from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked, unwrap

@@ -16,7 +16,7 @@ from dstee_jax.engine.packing import new_indices
 from dstee_jax.engine.rule import Rule
 from dstee_jax.masks.counts import LeafSpec, total
 from dstee_jax.rules.plans import Round
-from dstee_jax.selection.drop_and_grow import Exchange, exchange
+from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.state import Leaf
 
 # Bytes of keys on a device that are searched together; beyond it a round searches group by group.

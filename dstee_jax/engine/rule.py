@@ -11,7 +11,8 @@ from dstee_jax.rules.plans import Plan
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.stacking import by_layer
 from dstee_jax.rules.structures import Structure
-from dstee_jax.selection.drop_and_grow import Exchange, Selection
+from dstee_jax.selection.exchange import Exchange
+from dstee_jax.selection.largest import Selection
 from dstee_jax.state import Leaf
 
 

@@ -14,7 +14,7 @@ from dstee_jax.rules.plans import Plan
 from dstee_jax.rules.schedule import DropFraction, Every
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.structures import Structure
-from dstee_jax.selection.drop_and_grow import Selection
+from dstee_jax.selection.largest import Selection
 from dstee_jax.transform import transform
 from dstee_jax.trees import PyTree
 

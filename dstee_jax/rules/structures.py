@@ -14,7 +14,7 @@ from jax import lax
 
 from dstee_jax.rules import units
 from dstee_jax.selection.bisection import largest_bits
-from dstee_jax.selection.drop_and_grow import largest
+from dstee_jax.selection.largest import largest
 from dstee_jax.selection.parts import Grid
 
 Shape = tuple[int, ...]
