@@ -59,7 +59,7 @@ class Loop:
 
         def step(params, state, grads):
             if grads is None:
-                grads = jax.tree.map(lambda p: 1e-3 * p + 1e-4, params)
+                grads = jax.grad(loss)(params)
             return how(tx, grads, state, params)
 
         self.step = jax.jit(step, donate_argnums=(0, 1, 2) if donate else (0, 1))
@@ -72,6 +72,14 @@ class Loop:
     def __call__(self):
         self.params, self.state = self.step(self.params, self.state, self.given)
         return self.params
+
+
+def loss(params):
+    """Of a product with each kernel and 8 examples: a gradient that a dot writes to memory."""
+    keys = map(jax.random.key, range(len(params)))
+    kernels = [k.reshape(-1, k.shape[-1]) for k in jax.tree.leaves(params)]
+    outputs = [jax.random.normal(key, (8, len(k))) @ k for key, k in zip(keys, kernels)]
+    return sum(jnp.square(y).mean() for y in outputs)
 
 
 def against_training_step(extra: float) -> None:

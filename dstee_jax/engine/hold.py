@@ -7,15 +7,16 @@ mean nothing.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from dstee_jax.engine.moments import is_float
-from dstee_jax.trees import PyTree
+from dstee_jax.trees import PyTree, is_dense, masked
 
 
 def update_or_hold(
@@ -25,6 +26,7 @@ def update_or_hold(
     params: PyTree,
     extra: Mapping[str, Any],
     hold: jax.Array | bool,
+    masks: Sequence[Any] = (),
 ) -> tuple[list[jax.Array], PyTree]:
     """The leaves of the updates, and the new state.
 
@@ -33,10 +35,9 @@ def update_or_hold(
       grads, state, params, extra: as its `update` has them.
       hold: whether the step must leave the floating arrays of the state as they are; its step
         counts and keys go on, so that schedules reach their end. bool, shape ().
+      masks: what the optimizer sees of each leaf of `grads`: zero where it is False, all where it
+        is a `MaskedNode`; () for all of every leaf.
     """
-    if isinstance(hold, bool):
-        updates, new = inner.update(grads, state, params, **extra)
-        return jax.tree.leaves(updates), _held(state, new) if hold else new
     trees = grads, state, params
 
     def update(grads: PyTree, state: PyTree, params: PyTree) -> Any:
@@ -53,17 +54,38 @@ def update_or_hold(
         for var, x in zip(made, old, strict=True)
         if is_float(x) and not _constant(var) and var in computed and places[var] == 1
     }
-    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    values |= dict(zip(jaxpr.invars, jax.tree.leaves(trees), strict=True))
+    values = _Values(dict(zip(jaxpr.invars, masks, strict=False)))
+    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, jax.tree.leaves(trees), strict=True))
     for equation in jaxpr.eqns:
         for var, x in _evaluated(jaxpr, equation, values):
-            values[var] = jnp.where(hold, kept[var].astype(x.dtype), x) if var in kept else x
+            values[var] = _selected(hold, kept[var], x) if var in kept else x
     out = [var.val if _constant(var) else values[var] for var in jaxpr.outvars]
     for j, (var, x) in enumerate(zip(made, old, strict=True), len(out) - len(old)):
         if is_float(x) and out[j] is not x and (_constant(var) or var not in kept):
-            out[j] = jnp.where(hold, x, out[j])
+            out[j] = _selected(hold, x, out[j])
     updates, new = jax.tree.unflatten(jax.tree.structure(shapes), out)
     return jax.tree.leaves(updates), new
+
+
+class _Values(dict[Any, Any]):
+    """What the variables of a jaxpr are; gradients are masked where they are read.
+
+    Each reader has a mask of its own as far as XLA can see. One masked gradient with two readers
+    (Nesterov's momentum) would be written to memory for them: twice the time of the whole step.
+    """
+
+    def __init__(self, masks: Mapping[Any, Any]):
+        super().__init__()
+        self.masks = {var: mask for var, mask in masks.items() if not is_dense(mask)}
+
+    def __getitem__(self, var: Any) -> Any:
+        value = super().__getitem__(var)
+        if var not in self.masks:
+            return value
+        mask = self.masks[var]
+        self.masks[var] = lax.optimization_barrier(mask)
+        return masked(mask, value)
 
 
 def never_updated(
@@ -86,8 +108,10 @@ def never_updated(
     return [_constant(var) or var not in moving for var in jaxpr.outvars]
 
 
-def _held(old: PyTree, new: PyTree) -> PyTree:
-    return jax.tree.map(lambda o, n: o if is_float(o) else n, old, new)
+def _selected(hold: jax.Array | bool, old: jax.Array, new: jax.Array) -> jax.Array:
+    if isinstance(hold, bool):
+        return old if hold else new
+    return jnp.where(hold, old.astype(new.dtype), new)
 
 
 def _constant(var: Any) -> bool:
@@ -95,7 +119,7 @@ def _constant(var: Any) -> bool:
     return hasattr(var, "val")
 
 
-def _evaluated(jaxpr: Any, equation: Any, values: dict[Any, Any]) -> list[tuple[Any, Any]]:
+def _evaluated(jaxpr: Any, equation: Any, values: _Values) -> list[tuple[Any, Any]]:
     """The variables that one equation makes, with their values."""
     given = list(dict.fromkeys(var for var in equation.invars if not _constant(var)))
     one = jaxpr.replace(eqns=[equation], invars=given, constvars=[], outvars=equation.outvars)

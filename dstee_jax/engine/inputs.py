@@ -88,11 +88,6 @@ class StepInputs:
         """Which leaves have a mask."""
         return [i for i, mask in enumerate(self.masks) if not is_dense(mask)]
 
-    def masked(self, masks: Sequence[Any]) -> list[jax.Array]:
-        """What reaches the inner optimizer: zero where a weight is inactive."""
-        rows = zip(masks, self.outgoing, self.full, strict=True)
-        return [x if full else masked(mask, x) for mask, x, full in rows]
-
     def view(self, i: int, weight: jax.Array, grad: Any, mask: Any, counter: Any) -> Leaf:
         """The i-th leaf as scores see it."""
         spec = self.specs[i]

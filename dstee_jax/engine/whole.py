@@ -28,10 +28,12 @@ def ordinary_step(inputs: StepInputs, now: Carry, hold: jax.Array | bool) -> Car
     """
     at = now.params or inputs.weights
     masks = now.stays or now.masks
-    updates, state = inputs.masked(masks), now.inner_state
-    if inputs.config.inner is not None:
-        trees = inputs.tree(updates), state, inputs.tree(at)
-        updates, state = update_or_hold(inputs.config.inner, *trees, inputs.extra, hold)
+    seen = [optax.MaskedNode() if f else m for f, m in zip(inputs.full, masks, strict=True)]
+    if inputs.config.inner is None:
+        updates, state = list(map(masked, seen, inputs.outgoing)), now.inner_state
+    else:
+        trees = inputs.tree(inputs.outgoing), now.inner_state, inputs.tree(at)
+        updates, state = update_or_hold(inputs.config.inner, *trees, inputs.extra, hold, seen)
     updates = [stopped(u, hold) for u in updates]
     rows = zip(masks, at, updates, strict=True)
     out = [stepped(*row, inputs.as_params) for row in rows]
