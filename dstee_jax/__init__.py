@@ -36,6 +36,8 @@ from dstee_jax.measure.metrics import (
 from dstee_jax.rules.schedule import mask_steps
 from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, get_states, seed_axes
+from dstee_jax.tiling.forms import no_tiles, tiles, to_dense, to_tiles
+from dstee_jax.tiling.tiles import Tiles
 from dstee_jax.transform import mask_steps_of, transform
 
 __version__ = "0.1.0"
@@ -44,6 +46,7 @@ __all__ = [
     "Flops",
     "Leaf",
     "SparseState",
+    "Tiles",
     "apply",
     "apply_masks",
     "at_init",
@@ -67,6 +70,7 @@ __all__ = [
     "mask_steps_of",
     "memory",
     "methods",
+    "no_tiles",
     "penalties",
     "plans",
     "pmean",
@@ -79,6 +83,9 @@ __all__ = [
     "state_shardings",
     "structures",
     "summary",
+    "tiles",
+    "to_dense",
+    "to_tiles",
     "training_flops",
     "transform",
     "trees",

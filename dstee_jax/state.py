@@ -13,7 +13,7 @@ class SparseState(NamedTuple):
     """State of `dstee.transform`. Arrays only; it can be donated, saved, sharded and vmapped.
 
     `masks` and `counters` have the structure of the parameters, with an `optax.MaskedNode()`
-    for each leaf that stays dense.
+    for each leaf that stays dense. With `structures.tiles` they are kept for tiles.
     """
 
     count: jax.Array  # type: ignore[assignment]  # int32, shape (): how many times update was called
@@ -23,7 +23,10 @@ class SparseState(NamedTuple):
     rule_state: PyTree  # (), or the RuleState of a method that keeps something of its own
     inner_state: PyTree  # state of the inner optimizer, () without one
     needs_dense: jax.Array  # bool, shape (): whether the next update reads inactive gradients
-    indices: PyTree = ()  # with packed= or indices=: uint32, where the active weights of a leaf are
+    # With packed= or indices=: uint32, where the active weights of a leaf are; with tiles: int32,
+    # shape (..., columns of tiles, active tiles in each), the rows of the active tiles.
+    indices: PyTree = ()
+    tile_sizes: PyTree = ()  # with tiles: int32, shape (), weights of a tile of each leaf
 
 
 class RuleState(NamedTuple):

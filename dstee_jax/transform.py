@@ -228,7 +228,7 @@ def transform(
         penalty=penalty,
         update_weights=update_weights,
         packed=packed,
-        indices=packed or indices,
+        indices=packed or indices or bool(structure is not None and structure.tile),
         grow_batches=int(grow_batches),
         counter_init=counter_init,
         counter_dtype=counter_dtype,

@@ -16,7 +16,19 @@ def is_dense(node: Any) -> bool:
 
 def masked(mask: Any, x: jax.Array) -> jax.Array:
     """Zero where the mask is False; x itself for a dense leaf."""
-    return x if is_dense(mask) else jnp.where(mask, x, jnp.zeros_like(x))
+    return x if is_dense(mask) else jnp.where(expanded(mask, x.shape), x, jnp.zeros_like(x))
+
+
+def expanded(x: Any, shape: tuple[int, ...]) -> Any:
+    """A mask or counter of tiles as one of the weights of a leaf of that shape.
+
+    Each axis of x divides the leaf's: an entry stands for a box of weights. Others as they are.
+    """
+    if is_dense(x) or x.shape == shape:
+        return x
+    boxes = [(parts, n // parts) for parts, n in zip(x.shape, shape, strict=True)]
+    cut = x.reshape([n for parts, _ in boxes for n in (parts, 1)])
+    return jnp.broadcast_to(cut, [n for box in boxes for n in box]).reshape(shape)
 
 
 def path_name(path: Any) -> str:

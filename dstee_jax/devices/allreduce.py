@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from dstee_jax.engine.packing import put, take
+from dstee_jax.engine.packing import place
 from dstee_jax.selection.bisection import INDEX, linear_index
 from dstee_jax.selection.parts import varying_axes
 from dstee_jax.state import get_states
+from dstee_jax.tiling.tiles import may_be_rectangle
 from dstee_jax.trees import PyTree, is_dense, mask_leaves
 
 
@@ -33,6 +34,8 @@ def pmean(
     Under `shard_map` with `check_vma=True`, the default, differentiating with respect to
     replicated parameters averages nothing and sends everything, dense: make them varying first,
     `jax.lax.pcast(params, axis_name, to="varying")`.
+
+    Rectangles of tiles (`dstee.to_tiles`) have active weights alone, and travel as they are.
 
     Args:
       grads: the gradients of this device's part of the batch, the structure of the parameters.
@@ -59,7 +62,11 @@ def pmean(
     _check_varying(leaves, axis_name)
     where: list[Any] = [optax.MaskedNode()] * len(leaves)
     for state in states:
-        found = mask_leaves(state.indices, grads)
+        rows = zip(mask_leaves(state.indices, grads), mask_leaves(state.masks, grads), strict=True)
+        found = [
+            f if is_dense(f) or may_be_rectangle(x.shape, f) else place(f, m, x.shape)
+            for x, (f, m) in zip(leaves, rows, strict=True)
+        ]
         where = [w if is_dense(f) else f for w, f in zip(where, found, strict=True)]
     if check:
         agree = replicas_agree(opt_state, axis_name)
@@ -70,9 +77,9 @@ def pmean(
         return lax.pmean(sent, axis_name).astype(x.dtype)
 
     def active() -> list[jax.Array]:
-        packed = [g if is_dense(w) else take(g, w) for g, w in zip(leaves, where, strict=True)]
+        packed = [g if is_dense(w) else w.take(g) for g, w in zip(leaves, where, strict=True)]
         return [
-            g if is_dense(w) else put(jnp.zeros(full.shape, full.dtype), w, g)
+            g if is_dense(w) else w.put(jnp.zeros(full.shape, full.dtype), g)
             for g, w, full in zip(_in_one(mean, packed), where, leaves, strict=True)
         ]
 

@@ -15,7 +15,7 @@ from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.selection.parts import inner_axes, split
 from dstee_jax.state import SparseState, get_states, wrap_key
-from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked, unwrap
+from dstee_jax.trees import PyTree, expanded, is_dense, mask_leaves, masked, unwrap
 
 
 def carry_over(
@@ -92,14 +92,16 @@ def _without_masks(opt_state: PyTree) -> PyTree:
 def _sparse(config: Config, old: SparseState | None, inner_state: Any, params: PyTree) -> Any:
     """The new state, from the old one (None where it was dense) and the inner state in it."""
     fresh = config.init(params)
-    _, specs = config.layout(params)
+    layout, specs = config.layout(params)
     before = _masks(old.masks if old else None, params, specs)
     leaves, treedef = jax.tree.flatten(params)
-    rows = zip(before, specs, leaves, mask_leaves(fresh.masks, params), strict=True)
+    fresh_masks = mask_leaves(fresh.masks, params)
+    rows = zip(before, specs, leaves, fresh_masks, strict=True)
     key = wrap_key(fresh.key, config.key)
     after = [_adapted(config, *row, jax.random.fold_in(key, i)) for i, row in enumerate(rows)]
-    masks = jax.tree.unflatten(treedef, after)
-    counters = jax.tree.unflatten(treedef, _counters(config, old, after, params))
+    kept = [config.of_tiles(mask, stack) for mask, stack in zip(after, layout.stacks, strict=True)]
+    masks = jax.tree.unflatten(treedef, kept)
+    counters = jax.tree.unflatten(treedef, _counters(config, old, kept, params))
     indices = config.first_indices(params, masks, specs) if config.indices else ()
     if config.inner is not None:
         whole = _unpacked(inner_state, config.inner, params, old)
@@ -107,7 +109,8 @@ def _sparse(config: Config, old: SparseState | None, inner_state: Any, params: P
         seen = jax.tree.unflatten(treedef, list(map(masked, after, leaves)))
         inner_state = restarted(config.inner, whole, seen, changed)
         if config.packed:
-            inner_state = _packed(inner_state, config.inner, params, mask_leaves(indices, params))
+            places = config.places(params, masks, indices)
+            inner_state = _packed(inner_state, config.inner, params, places)
     count = fresh.count if old is None else old.count
     return fresh._replace(
         count=count,
@@ -121,11 +124,14 @@ def _sparse(config: Config, old: SparseState | None, inner_state: Any, params: P
 
 
 def _masks(masks: PyTree | None, params: PyTree, specs: Sequence[LeafSpec | None]) -> list[Any]:
-    """The masks before: all ones where a leaf was dense, if it is to be sparse."""
+    """The masks of weights before: all ones where a leaf was dense, if it is to be sparse."""
     leaves = jax.tree.leaves(params)
     found = [optax.MaskedNode()] * len(leaves) if masks is None else mask_leaves(masks, params)
     rows = zip(found, leaves, specs, strict=True)
-    return [jnp.ones_like(x, bool) if is_dense(m) and spec else m for m, x, spec in rows]
+    return [
+        jnp.ones_like(x, bool) if is_dense(m) and spec else expanded(m, x.shape)
+        for m, x, spec in rows
+    ]
 
 
 def _adapted(
@@ -169,6 +175,9 @@ def _counters(
         if is_dense(mask):
             return mask
         begin = first * mask.astype(config.counter_dtype)
+        if not is_dense(counter) and counter.size > mask.size:  # of weights, where tiles are kept
+            return begin
+        counter = expanded(counter, mask.shape)
         return begin if is_dense(counter) else jnp.maximum(counter.astype(begin.dtype), begin)
 
     return [one(*pair) for pair in zip(masks, found, strict=True)]
@@ -188,8 +197,14 @@ def _unpacked(
     """An inner state whose packed leaves are whole, with initial values of inactive weights."""
     if old is None or not jax.tree.leaves(old.indices):
         return state
-    where = mask_leaves(old.indices, params)
-    packed = jax.eval_shape(lambda p: packing.pack(p, old.indices), params)
+    stored = zip(
+        mask_leaves(old.indices, params),
+        mask_leaves(old.masks, params),
+        jax.tree.leaves(params),
+        strict=True,
+    )
+    where = [packing.place(index, mask, x.shape) for index, mask, x in stored]
+    packed = jax.eval_shape(lambda p: packing.pack(p, where), params)
     leaves, treedef = jax.tree.flatten(state)
     rows = zip(
         leaves,
@@ -202,7 +217,7 @@ def _unpacked(
     def one(leaf: Any, kept: Any, initial: Any, owner: Any) -> Any:
         if not isinstance(owner, int) or is_dense(where[owner]) or leaf.shape != kept.shape:
             return leaf
-        return packing.put(initial.astype(leaf.dtype), where[owner], leaf)
+        return where[owner].put(initial.astype(leaf.dtype), leaf)
 
     return jax.tree.unflatten(treedef, [one(*row) for row in rows])
 
@@ -214,7 +229,6 @@ def _packed(
     leaves, treedef = jax.tree.flatten(state)
     rows = zip(leaves, owners(inner, params), strict=True)
     new = [
-        packing.take(x, where[i]) if isinstance(i, int) and not is_dense(where[i]) else x
-        for x, i in rows
+        where[i].take(x) if isinstance(i, int) and not is_dense(where[i]) else x for x, i in rows
     ]
     return jax.tree.unflatten(treedef, new)

@@ -11,7 +11,15 @@ from dstee_jax.engine.config import Config
 from dstee_jax.masks.counts import Count, LeafSpec
 from dstee_jax.selection.parts import inner_axes, split
 from dstee_jax.state import get_states
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name, unwrap
+from dstee_jax.trees import (
+    PyTree,
+    expanded,
+    is_dense,
+    leaves_with_path,
+    mask_leaves,
+    path_name,
+    unwrap,
+)
 
 
 def check(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -> None:
@@ -46,11 +54,11 @@ def check(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -
     _same_arrays(unwrap(opt_state), unwrap(expected))
     for state, config in zip(get_states(opt_state), configs, strict=True):
         layout, specs = config.layout(params)
-        names = [path_name(path) for path, _ in layout.leaves]
-        masks = mask_leaves(state.masks, params)
-        for name, mask, spec in zip(names, masks, specs, strict=True):
+        rows = zip(layout.leaves, mask_leaves(state.masks, params), specs, strict=True)
+        for (path, leaf), mask, spec in rows:
             if spec is not None and config.rule.plan.exchanges:
-                _same_counts(name, active(mask, spec), spec.target)
+                found = active(expanded(mask, jnp.shape(leaf)), spec)
+                _same_counts(path_name(path), found, spec.target)
 
 
 def first_state(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, list[Config]]:

@@ -32,7 +32,8 @@ from dstee_jax.rules.memory import Memory, first_rule_state
 from dstee_jax.rules.schedule import Rounds
 from dstee_jax.rules.scores import Score
 from dstee_jax.state import SparseState, key_data
-from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked
+from dstee_jax.tiling.tiles import index_of
+from dstee_jax.trees import PyTree, expanded, is_dense, mask_leaves, masked
 
 _WATCHED: contextvars.ContextVar[list["Config"] | None] = contextvars.ContextVar(
     "watched", default=None
@@ -66,10 +67,10 @@ class Config:
         """How leaves are cut, and the counts of each: None where dense or masks are traced."""
         layout, plan = Layout(params, self.stack_axes, self.blocks), self.rule.plan
         if self.masks is not None:
-            given.check_masks(self.masks, params)
+            masks = self._given_masks(params)
             targets: list[Any] = [
                 None if is_dense(m) or isinstance(m, jax.core.Tracer) else layout.of_mask(i, m)
-                for i, m in enumerate(mask_leaves(self.masks, params))
+                for i, m in enumerate(masks)
             ]
             starts: list[Any] = targets
         else:
@@ -95,11 +96,11 @@ class Config:
             for spec, size in zip(specs, sizes, strict=True)
         ]
 
-    def moves(self, specs: list[LeafSpec | None], masks: list[Any]) -> bool:
-        """Whether any step can be a mask step."""
+    def moves(self, specs: list[LeafSpec | None], masks: list[Any], leaves: list[Any]) -> bool:
+        """Whether any step can be a mask step; of these masks of the parameters' leaves."""
         sparse = [i for i, mask in enumerate(masks) if not is_dense(mask)]
         # Masks of unknown counts are traced ones, which never change.
-        known = [(spec, masks[i].size) for i in sparse if (spec := specs[i]) is not None]
+        known = [(spec, jnp.size(leaves[i])) for i in sparse if (spec := specs[i]) is not None]
         movable = any(0 < total(spec.target) < size for spec, size in known)
         drops = self.rounds.highest > 0 or not self.rule.plan.exchanges
         return len(known) == len(sparse) and movable and bool(self.rounds.every) and drops
@@ -139,9 +140,11 @@ class Config:
             if self.indices:
                 where_active = self.first_indices(params, first, specs)
             if self.packed:
-                seen = packing.pack(seen, where_active)
+                seen = packing.pack(seen, self.places(params, first, where_active))
                 packing.check_state(self.inner, params, seen)
-            elif self.inner is not None and self.moves(specs, mask_leaves(first, params)):
+            elif self.inner is not None and self.moves(
+                specs, mask_leaves(first, params), jax.tree.leaves(params)
+            ):
                 check_matching(self.inner, params)
         plan_state = self.rule.plan.init()
         return SparseState(
@@ -155,35 +158,93 @@ class Config:
             inner_state=() if self.inner is None else self.inner.init(seen),
             needs_dense=self.needs_dense(jnp.ones((), jnp.int32)),
             indices=where_active if self.indices else (),
+            tile_sizes=self._tile_sizes(params, first) if self.tiled else (),
         )
 
+    @property
+    def tiled(self) -> bool:
+        """Whether masks and counters are kept for tiles."""
+        return self.rule.structure is not None and bool(self.rule.structure.tile)
+
+    def places(self, params: PyTree, masks: PyTree, indices: PyTree) -> list[Any]:
+        """Where the active weights of each leaf are, from what the state keeps."""
+        rows = zip(
+            mask_leaves(indices, params),
+            mask_leaves(masks, params),
+            jax.tree.leaves(params),
+            strict=True,
+        )
+        return [packing.place(index, mask, leaf.shape) for index, mask, leaf in rows]
+
+    def _given_masks(self, params: PyTree) -> list[Any]:
+        """The masks of `masks=`; those of tiles as masks of weights."""
+        masks = self.masks
+        if self.tiled:
+            rows = zip(mask_leaves(masks, params), jax.tree.leaves(params), strict=True)
+            full = [self._full(mask, leaf.shape) for mask, leaf in rows]
+            masks = jax.tree.unflatten(jax.tree.structure(params), full)
+        given.check_masks(masks, params)
+        return mask_leaves(masks, params)
+
+    def _full(self, mask: Any, shape: tuple[int, ...]) -> Any:
+        assert self.rule.structure is not None
+        tile = (*self.rule.structure.tile,)
+        parts = tuple(n // size for n, size in zip(shape[-2:], tile, strict=True))
+        of_tiles = not is_dense(mask) and mask.ndim == len(shape) and mask.shape[-2:] == parts
+        return np.asarray(expanded(mask, shape)) if of_tiles else mask
+
+    def _tile_sizes(self, params: PyTree, masks: PyTree) -> PyTree:
+        """How many weights an entry of each mask stands for."""
+        leaves, treedef = jax.tree.flatten(params)
+        rows = zip(mask_leaves(masks, params), leaves, strict=True)
+        sizes = [m if is_dense(m) else jnp.int32(x.size // max(m.size, 1)) for m, x in rows]
+        return jax.tree.unflatten(treedef, sizes)
+
     def _first_masks(self, params: PyTree, layout: Layout, specs: list[LeafSpec | None]) -> PyTree:
+        structure = self.rule.structure
         if self.masks is None:
             starts = [None if spec is None else spec.start for spec in specs]
-            return masks_of_counts(params, starts, self.key, self.rule.structure, layout)
-        if self.rule.structure is not None:
-            for (path, _), mask, axes in zip(
-                layout.leaves, mask_leaves(self.masks, params), layout.stacks, strict=True
-            ):
-                given.check_structure(self.rule.structure, path, mask, axes)
+            return masks_of_counts(params, starts, self.key, structure, layout)
         leaves, treedef = jax.tree.flatten(params)
-        rows = zip(mask_leaves(self.masks, params), leaves, strict=True)
-        return jax.tree.unflatten(treedef, [m if is_dense(m) else given.lay(m, x) for m, x in rows])
+        masks = self._given_masks(params)
+        if structure is not None:
+            rows = zip(layout.leaves, masks, layout.stacks, strict=True)
+            for (path, _), mask, axes in rows:
+                given.check_structure(structure, path, mask, axes)
+        if self.tiled:
+            return jax.tree.unflatten(treedef, list(map(self.of_tiles, masks, layout.stacks)))
+        pairs = zip(masks, leaves, strict=True)
+        laid = [m if is_dense(m) else given.lay(m, x) for m, x in pairs]
+        return jax.tree.unflatten(treedef, laid)
+
+    def of_tiles(self, mask: Any, stack: tuple[int, ...]) -> Any:
+        """A mask of weights as the state keeps it; with tiles, of tiles."""
+        structure = self.rule.structure
+        if is_dense(mask) or structure is None or not structure.tile:
+            return mask
+        assert structure.reduce is not None
+        reduce: Any = structure.reduce
+        for _ in stack:
+            reduce = jax.vmap(reduce)
+        return reduce(*[jnp.asarray(mask)] * 3)[0]
 
     def first_indices(self, params: PyTree, masks: PyTree, specs: list[LeafSpec | None]) -> PyTree:
         """Where the active weights of each leaf are, as `SparseState.indices` has it."""
-        rows = zip(mask_leaves(masks, params), specs, self.full(params, specs), strict=True)
-        found = [
-            optax.MaskedNode() if is_dense(mask) or full else _positions(mask, spec)
-            for mask, spec, full in rows
-        ]
-        return jax.tree.unflatten(jax.tree.structure(params), found)
+        leaves, treedef = jax.tree.flatten(params)
+        rows = zip(mask_leaves(masks, params), specs, leaves, self.full(params, specs), strict=True)
+        return jax.tree.unflatten(treedef, [self._positions(*row) for row in rows])
 
-
-def _positions(mask: jax.Array, spec: LeafSpec | None) -> jax.Array:
-    if spec is None:
-        raise ValueError(
-            "packed=True and indices=True need the counts of active weights when the step is "
-            "compiled, and masks= is traced: make the masks outside jit and vmap."
-        )
-    return packing.positions(mask, int(np.max(spec.target)), spec.grid)
+    def _positions(self, mask: Any, spec: LeafSpec | None, leaf: Any, full: bool) -> Any:
+        if is_dense(mask) or (full and not self.tiled):
+            return optax.MaskedNode()
+        if spec is None:
+            raise ValueError(
+                "packed=True, indices=True and tiles need the counts of active weights when the "
+                "step is compiled, and masks= is traced: make the masks outside jit and vmap."
+            )
+        if not self.tiled:
+            return packing.positions(mask, int(np.max(spec.target)), spec.grid)
+        stack = len(spec.stack)
+        *_, rows, columns = mask.shape
+        active = total(spec.target) * rows // leaf.size
+        return index_of(mask, leaf.shape[stack:], (*mask.shape[:stack], columns, active))

@@ -13,14 +13,22 @@ from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.stacking import by_layer
 from dstee_jax.state import NO_GRAD, Leaf, LeafWithoutGrad
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, masked, path_name
+from dstee_jax.trees import (
+    PyTree,
+    expanded,
+    is_dense,
+    leaves_with_path,
+    masked,
+    path_name,
+)
 
 
 class Carry(NamedTuple):
     """What a step changes; lists have an entry for each leaf, `MaskedNode` where it has none.
 
     Attributes:
-      inner_state, masks, counters, plan_state, indices: as in `SparseState`.
+      inner_state, masks, counters, plan_state: as in `SparseState`.
+      places: where the active weights of packed leaves are.
       params: if the step returns parameters.
       updates: if it does not, once the optimizer has made them.
       stays: before that, on the way to updates: which weights are active before and after the
@@ -31,7 +39,7 @@ class Carry(NamedTuple):
     masks: list[Any]
     counters: list[Any]
     plan_state: Any
-    indices: list[Any]
+    places: list[Any]
     params: Sequence[jax.Array] = ()
     updates: Sequence[jax.Array] = ()
     stays: Sequence[Any] = ()
@@ -94,8 +102,8 @@ class StepInputs:
         return (Leaf if grad is not None else LeafWithoutGrad)(
             param=masked(mask, weight),
             grad=grad,
-            mask=mask,
-            counter=counter,
+            mask=expanded(mask, weight.shape),
+            counter=expanded(counter, weight.shape),
             key=jax.random.fold_in(jax.random.fold_in(self.key, self.count), i),
             count=self.count,
             rule_state=self.kept[i],

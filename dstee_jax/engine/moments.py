@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
+from dstee_jax.trees import PyTree, expanded, is_dense, leaves_with_path, path_name
 
 Shape = tuple[int, ...]
 # A parameter's index; 'all' for one vector of all parameters in a row; None for neither.
@@ -121,11 +121,14 @@ def restarted(
     def one(owner: Owner, leaf: jax.Array, initial: jax.Array) -> jax.Array:
         if owner == "all":
             pairs = zip(changed, jax.tree.leaves(params), strict=True)
-            rows = [jnp.zeros(jnp.size(p), bool) if is_dense(c) else c.ravel() for c, p in pairs]
+            rows = [
+                jnp.zeros(jnp.size(p), bool) if is_dense(c) else expanded(c, jnp.shape(p)).ravel()
+                for c, p in pairs
+            ]
             return jnp.where(jnp.concatenate(rows), initial, leaf)
         if owner is None or is_dense(changed[owner]):
             return leaf
-        return jnp.where(changed[owner], initial.astype(leaf.dtype), leaf)
+        return jnp.where(expanded(changed[owner], leaf.shape), initial.astype(leaf.dtype), leaf)
 
     rows = zip(owners(inner, params), leaves, jax.tree.leaves(inner.init(params)), strict=True)
     return jax.tree.unflatten(treedef, [one(*row) for row in rows])

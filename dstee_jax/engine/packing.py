@@ -1,11 +1,11 @@
-"""Packed leaves: the active weights alone, in row-major order, part by part.
+"""Packed leaves: the active weights alone, and where they are.
 
-`indices` of a leaf has shape (*grid, n): where the n active weights of each part are, counted in
-row-major order within the part. A packed array has shape (*grid[:-1], grid[-1] * n): as many
-axes as the leaf, so that it lies on devices by the leaf's own PartitionSpec, and rules that look
-at the number of axes (weight decay for matrices only) still hold.
+A place says where the active weights of a leaf are: `Entries`, in row-major order, part by part;
+`Tiles`, whole tiles; or a `MaskedNode` for a leaf that is not packed. Both take a leaf's active
+weights (`take`), put them back (`put`), and follow a mask step (`renewed`, `stays`, `moved`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +18,78 @@ from jax.sharding import PartitionSpec as P
 from dstee_jax.engine import rows
 from dstee_jax.engine.moments import owners
 from dstee_jax.selection.parts import Grid, flatten, is_sharded, sharding_of, unflatten
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.tiling.tiles import Tiles
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Entries:
+    """Where the active weights of a leaf are, one by one.
+
+    A packed array has shape (*grid[:-1], grid[-1] * n): as many axes as the leaf, so that it lies
+    on devices by the leaf's own PartitionSpec, and rules that look at the number of axes (weight
+    decay for matrices only) still hold.
+
+    Attributes:
+      index: uint32, shape (*grid, n): where the n active weights of each part are, counted in
+        row-major order within the part.
+    """
+
+    index: jax.Array
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """The entries of a leaf that are active, packed."""
+        found = _each_part(rows.take, flatten(x, self._grid), _parts(self.index))
+        return _merge(found.reshape(self.index.shape))
+
+    def put(self, base: jax.Array, packed: jax.Array) -> jax.Array:
+        """A leaf with the packed values in their places, and `base` elsewhere."""
+        values = _parts(_reshape_like(packed, self.index))
+        new = _each_part(rows.put, flatten(base, self._grid), _parts(self.index), values)
+        return unflatten(new, base.shape, self._grid)
+
+    def zeros(self, dtype: Any) -> jax.Array:
+        """A packed leaf of zeros."""
+        return jnp.zeros_like(_merge(self.index), dtype)
+
+    def renewed(self, mask: jax.Array) -> "Entries":
+        """Where as many active weights of another mask are."""
+        return Entries(positions(mask, self.index.shape[-1], self._grid))
+
+    def stays(self, mask: jax.Array) -> jax.Array:
+        """Where a mask is True, packed."""
+        return self.take(mask)
+
+    def moved(self, mask: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """`(packed, initial) -> packed`: values of an earlier mask, packed, in these places.
+
+        `initial` where that mask had none.
+        """
+        ranks = _each_part(rows.rank, flatten(mask, self._grid), _parts(self.index))
+        stays = self.take(mask)
+
+        def move(packed: jax.Array, initial: jax.Array) -> jax.Array:
+            values = _parts(_reshape_like(packed, self.index))
+            there = _merge(_each_part(rows.take_any, values, ranks).reshape(self.index.shape))
+            return jnp.where(stays, there, initial.astype(packed.dtype))
+
+        return move
+
+    @property
+    def _grid(self) -> Grid:
+        return tuple(self.index.shape[:-1])
+
+
+def place(index: Any, mask: Any, shape: tuple[int, ...]) -> Any:
+    """Where the active weights of a leaf of that shape are, from what the state has of it."""
+    if is_dense(index):
+        return index
+    if index.dtype != jnp.int32:
+        return Entries(index)
+    stack = index.ndim - 2
+    tile = tuple(n // parts for n, parts in zip(shape[-2:], mask.shape[-2:], strict=True))
+    return Tiles(index, tile, tuple(shape[stack:]))
 
 
 def positions(mask: jax.Array, count: int, grid: Grid) -> jax.Array:
@@ -30,70 +101,34 @@ def positions(mask: jax.Array, count: int, grid: Grid) -> jax.Array:
     return _each_part(of_part, flatten(mask, grid)).reshape(*grid, count)
 
 
-def new_indices(masks: Sequence[Any], indices: Sequence[Any]) -> list[Any]:
-    """Where the active weights of new masks are, for the leaves that have indices."""
-    pairs = zip(masks, indices, strict=True)
-    return [
-        where if is_dense(where) else positions(mask, where.shape[-1], where.shape[:-1])
-        for mask, where in pairs
-    ]
+def renewed(masks: Sequence[Any], places: Sequence[Any]) -> list[Any]:
+    """Where the active weights of new masks are, for the leaves that are packed."""
+    pairs = zip(masks, places, strict=True)
+    return [where if is_dense(where) else where.renewed(mask) for mask, where in pairs]
 
 
-def ranks(mask: jax.Array, indices: jax.Array) -> jax.Array:
-    """How many True a mask has in the part before each of `indices`: uint32, their shape."""
-    *grid, _ = indices.shape
-    found = _each_part(rows.rank, flatten(mask, tuple(grid)), _parts(indices))
-    return found.reshape(indices.shape)
-
-
-def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """The entries of a leaf at `indices`, packed."""
-    *grid, _ = indices.shape
-    found = _each_part(rows.take, flatten(x, tuple(grid)), _parts(indices))
-    return _merge(found.reshape(indices.shape))
-
-
-def put(base: jax.Array, indices: jax.Array, packed: jax.Array) -> jax.Array:
-    """A leaf with the packed values at `indices`, and `base` elsewhere."""
-    *grid, _ = indices.shape
-    values = _parts(_reshape_like(packed, indices))
-    new = _each_part(rows.put, flatten(base, tuple(grid)), _parts(indices), values)
-    return unflatten(new, base.shape, tuple(grid))
-
-
-def reorder(packed: jax.Array, ranks: jax.Array) -> jax.Array:
-    """In each part, the packed values of those ranks."""
-    values = _parts(_reshape_like(packed, ranks))
-    return _merge(_each_part(rows.take_any, values, _parts(ranks)).reshape(ranks.shape))
-
-
-def zeros(indices: jax.Array, dtype: Any) -> jax.Array:
-    """A packed leaf of zeros."""
-    return jnp.zeros_like(_merge(indices), dtype)
-
-
-def pack(tree: PyTree, indices: PyTree) -> PyTree:
-    """A tree like the parameters with its leaves packed, where `indices` has some."""
+def pack(tree: PyTree, places: Sequence[Any]) -> PyTree:
+    """A tree like the parameters with its leaves packed, where `places` has some."""
     leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, take_each(leaves, mask_leaves(indices, tree)))
+    return jax.tree.unflatten(treedef, take_each(leaves, places))
 
 
-def take_each(leaves: Sequence[jax.Array], indices: Sequence[Any]) -> list[jax.Array]:
-    """Leaves packed, those without indices (`MaskedNode`) as they are."""
-    pairs = zip(leaves, indices, strict=True)
-    return [x if is_dense(where) else take(x, where) for x, where in pairs]
+def take_each(leaves: Sequence[jax.Array], places: Sequence[Any]) -> list[jax.Array]:
+    """Leaves packed, those without a place (`MaskedNode`) as they are."""
+    pairs = zip(leaves, places, strict=True)
+    return [x if is_dense(where) else where.take(x) for x, where in pairs]
 
 
-def add(weight: jax.Array, indices: jax.Array, update: jax.Array) -> jax.Array:
+def add(weight: jax.Array, where: Any, update: jax.Array) -> jax.Array:
     """weight + update of a leaf, where the update is packed."""
-    new = take(weight, indices) + update
-    return put(weight, indices, new.astype(weight.dtype))
+    new = where.take(weight) + update
+    return where.put(weight, new.astype(weight.dtype))
 
 
-def spread(weight: jax.Array, indices: jax.Array, update: jax.Array) -> jax.Array:
+def spread(weight: jax.Array, where: Any, update: jax.Array) -> jax.Array:
     """An update of the whole leaf: -weight where a packed one has nothing."""
     update = exact(update, weight)
-    return put(-weight.astype(update.dtype), indices, update)
+    return where.put(-weight.astype(update.dtype), update)
 
 
 def exact(update: jax.Array, weight: jax.Array) -> jax.Array:
@@ -101,15 +136,10 @@ def exact(update: jax.Array, weight: jax.Array) -> jax.Array:
     return update.astype(jnp.promote_types(update.dtype, weight.dtype))
 
 
-def packed_shape(indices: jax.Array) -> tuple[int, ...]:
-    """The shape of packed arrays with these indices (an array or its shape)."""
-    *grid, n = indices.shape
-    return (*grid[:-1], grid[-1] * n)
-
-
 def _merge(x: jax.Array) -> jax.Array:
     """The last two axes as one: by part, to packed."""
-    shape = packed_shape(x)
+    *grid, n = x.shape
+    shape = (*grid[:-1], grid[-1] * n)
     if not is_sharded(x):
         return x.reshape(shape)
     place = jax.typeof(x).sharding

@@ -12,7 +12,7 @@ import optax
 from dstee_jax.engine.alike import alike, stacked, unstacked
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.inputs import Carry, StepInputs
-from dstee_jax.engine.packing import new_indices
+from dstee_jax.engine.packing import renewed
 from dstee_jax.engine.rule import Rule
 from dstee_jax.masks.counts import LeafSpec, total
 from dstee_jax.rules.plans import Round
@@ -34,7 +34,7 @@ def is_mask_step(config: Config, count: jax.Array) -> Any:
 
 
 def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
-    """The masks, counters and indices after a round.
+    """The masks, counters and places after a round.
 
     A leaf without free places keeps its mask and still counts the round.
 
@@ -66,8 +66,8 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
                 for i, leaf in zip(group, views, strict=True)
             ]
             new = _exchange(inputs, group, rows)
-            pairs = zip(views, new, strict=True)
-            return [(mask, _add(config.rule, leaf, mask)) for leaf, mask in pairs]
+            pairs = zip(group, new, strict=True)
+            return [(mask, _add(config.rule, masks[i], counters[i], mask)) for i, mask in pairs]
 
         def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
             return [(masks[i], counters[i]) for i in group]
@@ -79,7 +79,7 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         masks=masks,
         counters=counters,
         plan_state=plan_state,
-        indices=new_indices(masks, now.indices),
+        places=renewed(masks, now.places),
     )
 
 
@@ -157,9 +157,9 @@ def _devices(x: jax.Array) -> int:
     return functools.reduce(lambda n, name: n * place.mesh.shape[name], filter(None, names), 1)
 
 
-def _add(rule: Rule, leaf: Leaf, new: jax.Array) -> jax.Array:
+def _add(rule: Rule, old: jax.Array, counter: jax.Array, new: jax.Array) -> jax.Array:
     """The counter with this round in it; it saturates."""
-    seen = new if rule.counter_update == "new" else leaf.mask
-    dtype = leaf.counter.dtype
-    room = leaf.counter < jnp.array(jnp.iinfo(dtype).max, dtype)
-    return leaf.counter + (seen & room).astype(dtype)
+    seen = new if rule.counter_update == "new" else old
+    dtype = counter.dtype
+    room = counter < jnp.array(jnp.iinfo(dtype).max, dtype)
+    return counter + (seen & room).astype(dtype)

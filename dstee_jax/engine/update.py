@@ -15,10 +15,19 @@ from dstee_jax.engine.config import Config
 from dstee_jax.engine.hold import never_updated
 from dstee_jax.engine.inputs import Carry, StepInputs, leaves_like
 from dstee_jax.engine.loops import at_most_once
+from dstee_jax.engine.rectangles import rectangles
 from dstee_jax.engine.round import is_mask_step
+from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.rules.memory import recall, remember
 from dstee_jax.state import SparseState, wrap_key
-from dstee_jax.trees import PyTree, is_dense, mask_leaves, path_name, replace_leaves
+from dstee_jax.trees import (
+    PyTree,
+    is_dense,
+    leaves_with_path,
+    mask_leaves,
+    path_name,
+    replace_leaves,
+)
 
 
 def update(
@@ -49,29 +58,38 @@ def update(
             f"mask_step={mask_step} must be True or False when the step is compiled: make it a "
             "static argument of jit."
         )
-    inputs, plan_state = _inputs(config, updates, state, params, as_params, extra)
-    indices = [optax.MaskedNode()] * len(inputs.weights)
+    short = rectangles(config, state, params, bool(mask_step))
+    inputs, plan_state = _inputs(config, updates, state, params, short, as_params, extra)
+    places: list[Any] = [optax.MaskedNode()] * len(inputs.weights)
     if config.indices:
-        indices = mask_leaves(state.indices, params)
+        found = config.places(params, state.masks, state.indices)
+        places = [
+            optax.MaskedNode() if is_short else x for is_short, x in zip(short, found, strict=True)
+        ]
     params_now = inputs.weights if as_params else ()
-    kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, indices)
+    kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, places)
     now = Carry(*kept, params=params_now)
     due: Any = False
-    if mask_step and config.moves(inputs.specs, inputs.masks):
+    if mask_step and config.moves(inputs.specs, inputs.masks, inputs.weights):
         due = is_mask_step(config, inputs.count)
         if isinstance(due, bool) and inputs.count == 1:  # not jitted: say now what a round lacks
             jax.eval_shape(lambda: _step(inputs, True, now).masks)
     now = _step(inputs, due, now)
-    return inputs.tree(list(now.params if as_params else now.updates)), SparseState(
+    state = state._replace(
         count=inputs.count,
-        key=state.key,
-        masks=replace_leaves(state.masks, params, now.masks),
-        counters=replace_leaves(state.counters, params, now.counters),
         rule_state=remember(state.rule_state, params, inputs.kept, now.plan_state, inputs.sums),
         inner_state=now.inner_state,
         needs_dense=config.needs_dense(inputs.count + 1),
-        indices=replace_leaves(state.indices, params, now.indices) if config.indices else (),
     )
+    if due is not False:
+        state = state._replace(
+            masks=replace_leaves(state.masks, params, now.masks),
+            counters=replace_leaves(state.counters, params, now.counters),
+        )
+    if due is not False and config.indices:
+        new = [x if is_dense(x) else x.index for x in now.places]
+        state = state._replace(indices=replace_leaves(state.indices, params, new))
+    return inputs.tree(list(now.params if as_params else now.updates)), state
 
 
 def _inputs(
@@ -79,10 +97,11 @@ def _inputs(
     updates: PyTree,
     state: SparseState,
     params: PyTree,
+    short: list[bool],
     as_params: bool,
     extra: dict[str, Any],
 ) -> tuple[StepInputs, Any]:
-    """What a step is given, and the plan's state."""
+    """What a step is given, and the plan's state; rectangles as leaves that have no mask."""
     leaves, treedef = jax.tree.flatten(params)
     outgoing = [jnp.asarray(x) for x in leaves_like(params, updates, "grads")]
     grads: list[Any] = [None] * len(leaves)
@@ -90,12 +109,15 @@ def _inputs(
         grads = outgoing
     elif extra.get("grad") is not None:
         grads = [jnp.asarray(x) for x in leaves_like(params, extra["grad"], "grad=")]
-    layout, specs = config.layout(params)
+    specs: list[LeafSpec | None] = [None] * len(leaves)  # of dense shapes alone
+    if not any(short):
+        _, specs = config.layout(params)
+    masks, counters = (mask_leaves(tree, params) for tree in (state.masks, state.counters))
     kept, plan_state, sums = recall(state.rule_state, params)
     inputs = StepInputs(
         config=config,
         treedef=treedef,
-        names=[path_name(path) for path, _ in layout.leaves],
+        names=[path_name(path) for path, leaf in leaves_with_path(params) if not is_dense(leaf)],
         specs=specs,
         full=config.full(params, specs),
         key=wrap_key(state.key, config.key),
@@ -103,13 +125,15 @@ def _inputs(
         weights=[jnp.asarray(leaf) for leaf in leaves],
         grads=grads,
         outgoing=outgoing,
-        masks=mask_leaves(state.masks, params),
-        counters=mask_leaves(state.counters, params),
+        masks=[optax.MaskedNode() if s else m for s, m in zip(short, masks, strict=True)],
+        counters=counters,
         kept=kept,
         sums=sums,
         as_params=as_params,
         extra=extra,
     )
+    if any(short):
+        return inputs, plan_state
     inputs = dataclasses.replace(inputs, outgoing=inputs.penalised())
     return dataclasses.replace(inputs, kept=inputs.remembered(), sums=inputs.added_up()), plan_state
 

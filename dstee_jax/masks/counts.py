@@ -147,11 +147,48 @@ def leaf_counts(
         }
     counts = distributions.active_counts(shapes, sparsity, distribution)
     if structure is not None:
-        counts = {name: structure.count(shapes[name], n) for name, n in counts.items()}
+        whole = not isinstance(sparsity, Mapping)
+        counts = _of_structure(counts, shapes, list(layers.values()), structure, whole)
     result: list[Count | None] = [None] * len(paths)
     for i in chosen:
         result[i] = layout.share(i, [counts[name] for name in layers[i]])
     return result
+
+
+def _of_structure(
+    wanted: dict[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    leaves: list[list[str]],
+    structure: Structure,
+    whole: bool,
+) -> dict[str, int]:
+    """Counts that a structure allows: the nearest of each layer, all layers of a leaf alike.
+
+    If the sparsity is of the whole network, leaves then move by a step of the structure, at most
+    one each, as long as that brings the total nearer to what is wanted.
+    """
+    counts = {}
+    for name, n in wanted.items():
+        try:
+            counts[name] = structure.count(shapes[name], n)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    over = sum(counts.values()) - sum(wanted.values())
+    left = {}
+    if whole and structure.step is not None:
+        left = {i: structure.step(shapes[names[0]]) for i, names in enumerate(leaves) if names}
+    while over and left:
+        sign = -1 if over > 0 else 1
+        moved = {i: over + sign * step * len(leaves[i]) for i, step in left.items()}
+        best = min(moved, key=lambda i: abs(moved[i]))
+        if abs(moved[best]) >= abs(over):
+            break
+        step, names = left.pop(best), leaves[best]
+        size = math.prod(shapes[names[0]])
+        if all(step <= counts[name] + sign * step <= size for name in names):
+            counts.update({name: counts[name] + sign * step for name in names})
+            over = moved[best]
+    return counts
 
 
 def total(count: Count | None) -> int:
@@ -207,6 +244,11 @@ def check_parts(
             raise ValueError(
                 f"{path_name(path)} is cut into {spec.grid} blocks, which structure= does not "
                 "respect: leave blocks= out."
+            )
+        if structure is not None and structure.tile and spec.stack != (*range(len(spec.stack)),):
+            raise ValueError(
+                f"{path_name(path)} stacks layers along axes {spec.stack}: with tiles they must be "
+                "the first ones."
             )
         if indices and equal(spec.target) is None:
             raise ValueError(

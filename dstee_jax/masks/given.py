@@ -9,7 +9,15 @@ import numpy as np
 from dstee_jax.rules.structures import Structure
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import get_states
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.trees import (
+    PyTree,
+    expanded,
+    is_dense,
+    leaves_with_path,
+    mask_leaves,
+    path_name,
+    replace_leaves,
+)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> None:
@@ -79,10 +87,28 @@ def lay(mask: Any, like: Any) -> jax.Array:
 
 def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
     """The masks of an optimizer state (one tree a `SparseState`), or `masks` itself; checked."""
-    trees = [state.masks for state in get_states(masks)] or [masks]
-    for tree in trees:
+    trees = [state.masks for state in get_states(masks)]
+    if not trees:
+        check_masks(masks, params)
+        return [masks]
+    full = [_full(tree, params) for tree in trees]
+    for tree in full:
         check_masks(tree, params)
-    return trees
+    return full
+
+
+def _full(masks: PyTree, params: PyTree) -> PyTree:
+    """Masks of weights from those of a state, which may be of tiles."""
+    pairs = zip(mask_leaves(masks, params), jax.tree.leaves(params), strict=True)
+
+    def one(mask: Any, leaf: Any) -> Any:
+        parts = jnp.shape(mask)
+        of_tiles = len(parts) == jnp.ndim(leaf) and all(
+            size and n % size == 0 for n, size in zip(leaf.shape, parts, strict=True)
+        )
+        return expanded(mask, leaf.shape) if of_tiles else mask
+
+    return replace_leaves(masks, params, [m if is_dense(m) else one(m, x) for m, x in pairs])
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:

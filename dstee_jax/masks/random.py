@@ -117,5 +117,5 @@ def stacked_masks(
     masks = [
         structure.random_mask(k, shape, int(n)) for k, n in zip(keys, counts.flat, strict=True)
     ]
-    stacked = jnp.stack(masks).reshape(*counts.shape, *shape)
+    stacked = jnp.stack(masks).reshape(*counts.shape, *masks[0].shape)
     return jnp.moveaxis(stacked, range(len(axes)), axes)

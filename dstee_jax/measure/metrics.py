@@ -3,23 +3,32 @@
 import math
 import textwrap
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from dstee_jax.rules.units import input_axes, output_units
 from dstee_jax.state import SparseState, get_state
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.trees import PyTree, expanded, is_dense, leaves_with_path, mask_leaves, path_name
 
 
 def _state(opt_state: PyTree) -> SparseState:
     return opt_state if isinstance(opt_state, SparseState) else get_state(opt_state)
 
 
-def _share(trees: list[jax.Array]) -> jax.Array:
-    hits = sum(jnp.sum(x, dtype=jnp.float32) for x in trees)
-    return jnp.asarray(hits / max(sum(x.size for x in trees), 1), jnp.float32)
+def _share(state: SparseState, arrays: list[jax.Array]) -> jax.Array:
+    """The share of weights where arrays, one for each mask, are True."""
+    pairs = list(zip(arrays, _sizes(state), strict=True))
+    hits = sum(jnp.sum(x, dtype=jnp.float32) * size for x, size in pairs)
+    weights = jnp.asarray(sum(x.size * size for x, size in pairs), jnp.float32)
+    return jnp.asarray(hits / jnp.maximum(weights, 1), jnp.float32)
+
+
+def _sizes(state: SparseState) -> list[Any]:
+    """How many weights an entry of each mask stands for."""
+    sizes = [size.astype(jnp.float32) for size in jax.tree.leaves(state.tile_sizes)]
+    return sizes or [1] * len(jax.tree.leaves(state.masks))
 
 
 def density(opt_state: PyTree) -> jax.Array:
@@ -28,7 +37,8 @@ def density(opt_state: PyTree) -> jax.Array:
     Args:
       opt_state: a `SparseState`, or an optax state with one in it.
     """
-    return _share(jax.tree.leaves(_state(opt_state).masks))
+    state = _state(opt_state)
+    return _share(state, jax.tree.leaves(state.masks))
 
 
 def exploration_degree(opt_state: PyTree) -> jax.Array:
@@ -44,7 +54,8 @@ def exploration_degree(opt_state: PyTree) -> jax.Array:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, R in "Weights Coverage
       Exploration in Sparse Training".
     """
-    return _share([counter > 0 for counter in jax.tree.leaves(_state(opt_state).counters)])
+    state = _state(opt_state)
+    return _share(state, [counter > 0 for counter in jax.tree.leaves(state.counters)])
 
 
 def exploitation_degree(
@@ -89,7 +100,8 @@ def summary(opt_state: PyTree, params: PyTree = None, *, output_axis: int = -1) 
     The columns are shape, weights, active, explored, empty output units, and the leaf's share of
     all active weights. Below the total of the sparse leaves come the leaves that stay dense:
     with `params` those of 2 dimensions and more and the others together, and the density of the
-    whole network; without, since the state does not know their shapes, their names.
+    whole network; without, since the state does not know their shapes, their names. Of tiles,
+    the shape without `params` is that of their mask, and units are columns of tiles.
 
     Args:
       opt_state: a `SparseState`, or an optax state with one in it; concrete, not traced.
@@ -110,9 +122,15 @@ def summary(opt_state: PyTree, params: PyTree = None, *, output_axis: int = -1) 
     masks = leaves_with_path(state.masks)
     counters = [counter for _, counter in leaves_with_path(state.counters)]
     rows: list[_Row] = []
+    shapes = {} if params is None else dict(_shapes(params))
+    sizes = iter(map(int, _sizes(state)))
     for (path, mask), counter in zip(masks, counters, strict=True):
         if not is_dense(mask):
-            numbers = [mask.size, int(mask.sum()), int((counter > 0).sum())]
+            size = next(sizes)
+            if path_name(path) in shapes:
+                full, size = shapes[path_name(path)], 1
+                mask, counter = expanded(mask, full), expanded(counter, full)
+            numbers = [int(n) * size for n in (mask.size, mask.sum(), (counter > 0).sum())]
             numbers.append(int(empty_units(mask, output_axis=output_axis)))
             numbers.append(output_units(mask.shape, output_axis))
             rows.append((path_name(path), _times(mask.shape), numbers))
@@ -143,14 +161,18 @@ _Row: TypeAlias = tuple[str, str, list[int]]  # name, shape, numbers
 
 def _dense_rows(masks: PyTree, params: PyTree) -> list[_Row]:
     """The leaves that stay dense, with as many active as weights; vectors and scalars in one."""
-    pairs = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
-    given = zip(pairs, mask_leaves(masks, params), strict=True)
-    leaves = [(path_name(path), jnp.shape(leaf)) for (path, leaf), mask in given if is_dense(mask)]
+    given = zip(_shapes(params), mask_leaves(masks, params), strict=True)
+    leaves = [pair for pair, mask in given if is_dense(mask)]
     rows = [(name, _times(s), [math.prod(s)] * 2) for name, s in leaves if len(s) > 1]
     sizes = [math.prod(shape) for _, shape in leaves if len(shape) < 2]
     if sizes:
         rows.append((f"{len(sizes)} vectors and scalars", "", [sum(sizes)] * 2))
     return [(f"dense: {name}", shape, numbers) for name, shape, numbers in rows]
+
+
+def _shapes(params: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    pairs = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
+    return [(path_name(path), jnp.shape(leaf)) for path, leaf in pairs]
 
 
 def _times(shape: tuple[int, ...]) -> str:

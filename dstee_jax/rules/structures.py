@@ -1,9 +1,10 @@
-"""Structures: which masks are allowed. N:M, blocks, constant fan-in.
+"""Structures: which masks are allowed. N:M, tiles, constant fan-in.
 
 `transform(structure=structures.n_m(2, 4), ...)` uses any drop and grow score with masks of that
 structure. Structures keep the count of every leaf (`plans.exchange`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,13 +27,15 @@ class Structure(NamedTuple):
     Attributes:
       count: `(shape, wanted) -> count`, the nearest number of active weights that the structure
         allows; raises a ValueError that names shape and remedy if it allows none.
-      random_mask: `(key, shape, count) -> mask`, uniformly at random.
+      random_mask: `(key, shape, count) -> mask`, uniformly at random, as the state keeps it.
       fits: `mask -> bool`, whether a concrete mask has the structure.
-      reduce: `(mask, drop_score, grow_score) -> the same of what is exchanged`, as blocks.
+      reduce: `(mask, drop_score, grow_score) -> the same of what is exchanged`, as tiles.
       parts: `(shape, k, k_max) -> (grid, k, k_max)`: into how many parts each axis of what was
         reduced is cut, and how many entries of a part change places so that about k weights do;
         k gets an axis for each axis of more than one part.
       expand: `(mask, shape) -> mask`: the leaf's mask from that of what was reduced.
+      step: `shape -> n`: counts of that shape are multiples of n; None if there is one alone.
+      tile: (inputs, outputs) of a tile, if masks and counters are kept for tiles; else ().
       exchange: `(mask, drop_score, grow_score, k, k_max, regrow, selection) -> mask`, instead of
         the three, for a structure whose groups are not parts: about k weights change places.
     """
@@ -44,6 +47,8 @@ class Structure(NamedTuple):
     parts: Callable[[Shape, jax.Array, int], tuple[Grid, jax.Array, int]] | None = None
     expand: Callable[[jax.Array, Shape], jax.Array] | None = None
     exchange: Callable[..., jax.Array] | None = None
+    step: Callable[[Shape], int] | None = None
+    tile: tuple[int, ...] = ()
 
 
 def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -117,71 +122,83 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
     return Structure(count, random_mask, fits, exchange=exchange)
 
 
-def block(shape: tuple[int, ...]) -> Structure:
-    """Blocks of weights over the last axes are active or inactive together.
+def tiles(
+    tile: tuple[int, int] = (32, 32), *, score: Callable[..., jax.Array] = jnp.sum
+) -> Structure:
+    """Tiles of weights are active or inactive together, as many in each column of tiles.
 
-    A block's score is the sum of its weights' scores.
+    A kernel's input axis (-2) is cut in pieces of `tile[0]` and its output axis (-1) in pieces of
+    `tile[1]`; a convolution's other axes belong to the tile. The active part of a kernel is then
+    a dense array, and training with `dstee.matmul` takes less time (`dstee.tiles`). A round
+    exchanges the same number of tiles in each column. Masks and counters are kept for tiles: of
+    shape (..., inputs / tile[0], outputs / tile[1]), 1 for each of a convolution's other axes.
 
     Args:
-      shape: of a block, for the last `len(shape)` axes of a leaf; each must divide its axis.
+      tile: (inputs, outputs); must divide the last two axes of every sparse leaf. Small against
+        the layer: docs/speed.md says what tiles save and cost.
+      score: `(scores, axis) -> score` of a tile, from its weights'; a sum by default.
 
     References:
-      Gray et al., "GPU Kernels for Block-Sparse Weights", 2017.
+      Gray et al., "GPU Kernels for Block-Sparse Weights", 2017, for blocks of weights; here a
+      column of tiles keeps its count, as a unit does in constant fan-in.
     """
-    if not shape or any(b < 1 for b in shape):
-        raise ValueError(f"block={shape} must have sizes of 1 or more, as (4, 4).")
-    size = int(np.prod(shape))
+    if len(tile) != 2 or any(n != int(n) or n < 1 for n in tile):
+        raise ValueError(f"tiles={tile} must be two sizes of 1 or more, as (32, 32).")
 
-    def split(full: Shape) -> tuple[list[int], tuple[int, ...]]:
-        """The shape with each of the last axes cut in two, and the inner ones' positions."""
-        if len(full) < len(shape) or any(
-            f % b for f, b in zip(full[-len(shape) :], shape, strict=True)
-        ):
+    def cut(shape: Shape) -> Shape:
+        """The axes before the last two, then (rows of tiles, inputs, columns, outputs)."""
+        if len(shape) < 2 or shape[-2] % tile[0] or shape[-1] % tile[1]:
             raise ValueError(
-                f"blocks of {shape} do not divide the last axes of shape {full}: choose another "
-                "block, or leave the leaf dense with where=."
+                f"tiles of {tile} do not divide the last two axes of shape {shape}: choose "
+                "another tile, or leave the leaf dense with where=."
             )
-        lead = len(full) - len(shape)
-        cut = list(full[:lead])
-        for f, b in zip(full[lead:], shape, strict=True):
-            cut += [f // b, b]
-        return cut, tuple(lead + 1 + 2 * i for i in range(len(shape)))
+        return (*shape[:-2], shape[-2] // tile[0], tile[0], shape[-1] // tile[1], tile[1])
 
-    def reduced(x: jax.Array, how: Callable) -> jax.Array:
-        cut, inner = split(x.shape)
-        return how(x.reshape(cut), axis=inner)
+    def kept(shape: Shape) -> Shape:
+        *others, rows, _, columns, _ = cut(shape)
+        return (*(1 for _ in others), rows, columns)
 
-    def expanded(blocks: jax.Array, full: Shape) -> jax.Array:
-        cut, inner = split(full)
-        return jnp.broadcast_to(jnp.expand_dims(blocks, inner), cut).reshape(full)
+    def step(shape: Shape) -> int:
+        return math.prod(shape) // kept(shape)[-2]
 
-    def blocks_of(full: Shape) -> Shape:
-        cut, inner = split(full)
-        return tuple(n for i, n in enumerate(cut) if i not in inner)
+    def of_tiles(x: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
+        others = tuple(range(x.ndim - 2))
+        return how(x.reshape(cut(x.shape)), axis=(*others, -3, -1)).reshape(kept(x.shape))
 
-    def count(full: Shape, wanted: int) -> int:
-        total = int(np.prod(blocks_of(full)))
-        return size * min(max(round(wanted / size), 1), total)
+    def count(shape: Shape, wanted: int) -> int:
+        return step(shape) * min(max(round(wanted / step(shape)), 1), kept(shape)[-2])
 
-    def random_mask(key: jax.Array, full: Shape, wanted: int) -> jax.Array:
-        bits = jax.random.bits(key, blocks_of(full), jnp.uint32)
-        return expanded(largest_bits([bits], jnp.uint32(wanted // size))[0], full)
+    def random_mask(key: jax.Array, shape: Shape, wanted: int) -> jax.Array:
+        *_, rows, columns = kept(shape)
+        bits = jax.random.bits(key, (columns, rows), jnp.uint32)
+        k = jnp.uint32(wanted // step(shape))
+        found = jax.vmap(lambda column: largest_bits([column], k)[0])(bits)
+        return found.T.reshape(kept(shape))
 
     def reduce(mask, drop_score, grow_score):
-        return reduced(mask, jnp.any), reduced(drop_score, jnp.sum), reduced(grow_score, jnp.sum)
+        return of_tiles(mask, jnp.any), of_tiles(drop_score, score), of_tiles(grow_score, score)
 
-    def parts(full: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
-        return (1,) * len(blocks_of(full)), _shared(k, size), -(-k_max // size)
+    def parts(shape: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
+        *ones, _, columns = kept(shape)
+        k = _shared(k, step(shape))
+        if columns > 1:
+            k = jnp.broadcast_to(k[..., None], (*k.shape, columns))
+        return (*ones, 1, columns), k, -(-k_max // step(shape))
 
     def fits(mask: np.ndarray) -> bool:
         try:
-            cut, inner = split(mask.shape)
+            *others, rows, columns = kept(mask.shape)
         except ValueError:
             return False
-        blocks = mask.reshape(cut)
-        return bool((blocks.any(axis=inner) == blocks.all(axis=inner)).all())
+        axes = (*range(len(others)), -3, -1)
+        boxes = mask.reshape(cut(mask.shape))
+        some, every = boxes.any(axis=axes), boxes.all(axis=axes)
+        sums = some.reshape(rows, columns).sum(0)
+        return bool((some == every).all() and (sums == sums[0]).all())
 
-    return Structure(count, random_mask, fits, reduce, parts, expanded)
+    return Structure(
+        count, random_mask, fits, reduce, parts, lambda mask, _: mask, step=step, tile=tuple(tile)
+    )
 
 
 def constant_fan_in(*, output_axis: int = -1) -> Structure:
@@ -226,7 +243,10 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
     def same(*arrays):
         return arrays
 
-    return Structure(count, random_mask, fits, same, parts, lambda mask, shape: mask)
+    def step(shape: Shape) -> int:
+        return units.output_units(shape, output_axis)
+
+    return Structure(count, random_mask, fits, same, parts, lambda mask, _: mask, step=step)
 
 
 def _shared(k: Any, parts: int) -> jax.Array:
