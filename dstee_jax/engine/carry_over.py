@@ -129,7 +129,7 @@ def _masks(masks: PyTree | None, params: PyTree, specs: Sequence[LeafSpec | None
     found = [optax.MaskedNode()] * len(leaves) if masks is None else mask_leaves(masks, params)
     rows = zip(found, leaves, specs, strict=True)
     return [
-        jnp.ones_like(x, bool) if is_dense(m) and spec else expanded(m, x.shape)
+        jnp.ones_like(x, bool) if is_dense(m) and spec else expanded(m, jnp.shape(x))
         for m, x, spec in rows
     ]
 
@@ -203,7 +203,7 @@ def _unpacked(
         jax.tree.leaves(params),
         strict=True,
     )
-    where = [packing.place(index, mask, x.shape) for index, mask, x in stored]
+    where = [packing.place(index, mask, jnp.shape(x)) for index, mask, x in stored]
     packed = jax.eval_shape(lambda p: packing.pack(p, where), params)
     leaves, treedef = jax.tree.flatten(state)
     rows = zip(

@@ -174,7 +174,7 @@ class Config:
             jax.tree.leaves(params),
             strict=True,
         )
-        return [packing.place(index, mask, leaf.shape) for index, mask, leaf in rows]
+        return [packing.place(index, mask, jnp.shape(leaf)) for index, mask, leaf in rows]
 
     def _given_masks(self, params: PyTree) -> list[Any]:
         """The masks of `masks=`; those of tiles as masks of weights."""

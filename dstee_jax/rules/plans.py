@@ -92,7 +92,8 @@ def exchange(*, of_all: bool = False) -> Plan:
         k: list[jax.Array | int] = []
         for leaf, target in zip(round_.leaves, round_.targets, strict=True):
             of = leaf.mask.size if of_all else target
-            k.append(jnp.minimum(portion(round_.fraction, of), target))
+            share = portion(round_.fraction, of)
+            k.append(jnp.minimum(share, jnp.asarray(target, share.dtype)))
         return k, k, round_.state
 
     return Plan(amounts, exchanges=not of_all)
@@ -155,7 +156,7 @@ def adaptive_threshold(initial: float = 1e-3, *, tolerance: float = 0.1) -> Plan
         drops, free, survivors = [], [], []
         for leaf, score in zip(round_.leaves, round_.drop_scores, strict=True):
             active = _count(leaf.mask)
-            below = _count(leaf.mask & (score < threshold))
+            below = _count(leaf.mask & (score < threshold.astype(score.dtype)))
             drop = jnp.minimum(below, jnp.maximum(active - 1, 0))
             drops.append(drop)
             survivors.append((active - drop).astype(jnp.float32))

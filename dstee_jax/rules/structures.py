@@ -102,10 +102,12 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
         active, drop, grow = (grouped(x) for x in (mask, drop_score, grow_score))
         places = lax.broadcasted_iota(jnp.int32, active.shape, active.ndim - 1)
         drop = jnp.where(active, drop, jnp.inf)
-        worst = places == drop.argmin(-1, keepdims=True)
+        worst = places == jnp.argmin(drop, -1, keepdims=True).astype(jnp.int32)
         able = ~active & jnp.isfinite(grow)
         able = able | worst if regrow else able
-        best = places == jnp.where(able, grow, -jnp.inf).argmax(-1, keepdims=True)
+        best = places == jnp.argmax(jnp.where(able, grow, -jnp.inf), -1, keepdims=True).astype(
+            jnp.int32
+        )
         # Groups that can exchange, lowest drop score first.
         score = jnp.where(able.any(-1), -drop.min(-1), -jnp.inf)
         k = jnp.minimum(jnp.asarray(k, jnp.uint32), jnp.sum(able.any(-1), dtype=jnp.uint32))
