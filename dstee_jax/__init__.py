@@ -37,8 +37,9 @@ from dstee_jax.rules.schedule import mask_steps
 from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, get_states, seed_axes
 from dstee_jax.tiling.forms import no_tiles, tiles, to_dense, to_tiles
+from dstee_jax.tiling.products import conv, matmul
 from dstee_jax.tiling.tiles import Tiles
-from dstee_jax.transform import mask_steps_of, transform
+from dstee_jax.transform import dense_steps_of, mask_steps_of, transform
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,8 @@ __all__ = [
     "blocks_of",
     "carry_over",
     "check",
+    "conv",
+    "dense_steps_of",
     "density",
     "distributions",
     "drop_and_grow",
@@ -68,6 +71,7 @@ __all__ = [
     "kernels",
     "mask_steps",
     "mask_steps_of",
+    "matmul",
     "memory",
     "methods",
     "no_tiles",

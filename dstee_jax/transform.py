@@ -258,13 +258,44 @@ def mask_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
       >>> list(dstee.mask_steps_of(tx))
       [1500, 3000]
     """
+    asked = _asked(tx)
+    return asked.rounds.all_steps if asked.rounds.every else ()
+
+
+def dense_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
+    """The steps of a `transform` that read gradients of inactive weights, in order, from 1.
+
+    On all others parameters and gradients may be rectangles of tiles (`dstee.to_tiles`). They
+    are the mask steps; with `grow_batches=n` the n - 1 steps before each too; with `memory=`
+    every step.
+
+    Args:
+      tx: as for `mask_steps_of`.
+
+    Raises:
+      ValueError: tx is something else.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.transform(optax.sgd(0.1), sparsity=0.9, total_steps=400, grow_batches=2,
+      ...                      key=jax.random.key(0))
+      >>> list(dstee.dense_steps_of(tx))
+      [99, 100, 199, 200, 299, 300]
+    """
+    asked, rounds = _asked(tx), mask_steps_of(tx)
+    if asked.memory is not None:
+        return range(1, asked.rounds.total_steps + 1)
+    return sorted({at - i for at in rounds for i in range(asked.grow_batches) if at > i})
+
+
+def _asked(tx: optax.GradientTransformation) -> Config:
     asked = tx.update.args[0] if isinstance(tx.update, functools.partial) else None
     if not isinstance(asked, Config):
         raise ValueError(
             f"{tx} is not from dstee.transform or dstee.methods: pass the transform that the "
             "chain, or the wrapper, was made of."
         )
-    return asked.rounds.all_steps if asked.rounds.every else ()
+    return asked
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

@@ -36,7 +36,7 @@ FLOORS = {
     "dstee_jax": [
         ["selection", "trees"],
         ["state"],
-        ["rules"],
+        ["rules", "tiling"],
         ["masks"],
         ["engine"],
         ["devices", "measure", "soft_threshold"],

@@ -2,18 +2,20 @@
 
 What a column of tiles reads are the rows of tiles that it keeps: they are gathered from the input
 and multiplied with the column's matrix, all columns at once. Within the product examples come
-last, so that a tile of inputs is one run of memory.
+last, so that a tile of inputs is one run of memory; the backward pass gathers again.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dstee_jax.selection.parts import varying_axes
 from dstee_jax.tiling.tiles import Tiles
 
 
@@ -49,8 +51,8 @@ def matmul(x: jax.Array, kernel: jax.Array, tiles: Tiles | None = None) -> jax.A
         return x @ kernel
     _check(x, kernel, tiles, 2)
     *batch, inputs = x.shape
-    examples = x.reshape(math.prod(batch), inputs).T
-    return _product(examples, kernel, tiles).T.reshape(*batch, tiles.shape[-1])
+    y = _product(x.reshape(math.prod(batch), inputs), kernel, tiles)
+    return y.reshape(*batch, tiles.shape[-1])
 
 
 def conv(
@@ -92,76 +94,139 @@ def conv(
         return lax.conv_general_dilated(x, kernel, steps, padding, dimension_numbers=numbers)
     _check(x, kernel, tiles, axes + 2)
     window = tiles.shape[:-2]
-    pads = (
-        padding
-        if not isinstance(padding, str)
-        else lax.padtype_to_pads(x.shape[1:-1], window, steps, padding)
-    )
+    pads = padding
+    if isinstance(padding, str):
+        pads = lax.padtype_to_pads(x.shape[1:-1], window, steps, padding)
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
-    out = [(n - w) // s + 1 for n, w, s in zip(x.shape[1:-1], window, steps, strict=True)]
-    # Channels first, examples last: each place of the window is a slice of one array.
-    x = jnp.moveaxis(x, (0, -1), (-1, 0))
+    sizes = zip(x.shape[1:-1], window, steps, strict=True)
+    out = [(n - width) // step + 1 for n, width, step in sizes]
     columns, active = tiles.index.shape
     by_place = kernel.reshape(columns, active, math.prod(window), *tiles.tile)
-    total: Any = 0
-    for i, at in enumerate(_places(window)):
-        stop = [a + (n - 1) * s + 1 for a, n, s in zip(at, out, steps, strict=True)]
-        seen = lax.slice(x, (0, *at, 0), (x.shape[0], *stop, x.shape[-1]), (1, *steps, 1)).reshape(
-            x.shape[0], -1
-        )
+    y: Any = 0
+    for i, at in enumerate(itertools.product(*map(range, window))):
+        stop = [a + (n - 1) * step + 1 for a, n, step in zip(at, out, steps, strict=True)]
+        seen = lax.slice(x, (0, *at, 0), (len(x), *stop, x.shape[-1]), (1, *steps, 1))
         part = by_place[:, :, i].reshape(columns, -1, tiles.tile[1])
-        total += _product(seen, part, tiles)
-    y = total.reshape(tiles.shape[-1], *out, x.shape[-1])
-    return jnp.moveaxis(y, (0, -1), (-1, 0))
-
-
-def _places(window: Sequence[int]) -> list[tuple[int, ...]]:
-    """The places of a window, in row-major order."""
-    found: list[tuple[int, ...]] = [()]
-    for n in window:
-        found = [(*at, i) for at in found for i in range(n)]
-    return found
+        y += _product(seen.reshape(-1, x.shape[-1]), part, tiles)
+    return y.reshape(len(x), *out, tiles.shape[-1])
 
 
 def _product(x: jax.Array, kernel: jax.Array, tiles: Tiles) -> jax.Array:
-    """kernel.T @ x, with x of shape (inputs, examples), for one place of the kernel."""
-    seen = _gathered(x.reshape(tiles.rows, tiles.tile[0], x.shape[-1]), tiles.index)
-    seen = seen.reshape(*kernel.shape[:2], x.shape[-1])
-    y = jnp.einsum("cio,cie->coe", kernel, seen)
-    return y.reshape(tiles.shape[-1], x.shape[-1])
+    """x @ kernel for one place of the kernel; x of shape (examples, inputs)."""
+    dtype = jnp.result_type(x, kernel)
+    x, kernel, index = _on_the_same_devices(x.astype(dtype), kernel.astype(dtype), tiles.index)
+    return _multiplied(tiles.rows, x.T, kernel, index).T
 
 
-@jax.custom_vjp
-def _gathered(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[index]: of rows of tiles (rows, inputs, examples) those that each column reads."""
-    return x[index]
-
-
-def _forward(x: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
-    return x[index], (x, index)
-
-
-def _backward(kept: Any, grad: jax.Array) -> tuple[jax.Array, None]:
-    x, index = kept
-    by_tile = functools.partial(_scattered, x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiplied(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    """kernel.T @ x, examples last."""
+    forward = functools.partial(_forward, rows)
     return lax.platform_dependent(
-        grad, index, cpu=by_tile, default=functools.partial(_summed, x)
+        x, kernel, index, cpu=functools.partial(_in_chunks, forward), default=forward
+    )
+
+
+def _kept(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+    return _multiplied(rows, x, kernel, index), (x, kernel, index)
+
+
+def _gradients(rows: int, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    on_cpu = functools.partial(_backward, rows, _scattered)
+    default = functools.partial(_backward, rows, _summed)
+    return *lax.platform_dependent(
+        grad, *kept, cpu=functools.partial(_chunked_backward, on_cpu), default=default
     ), None
 
 
-def _scattered(x: jax.Array, grad: jax.Array, index: jax.Array) -> jax.Array:
-    """What the columns have for each row of tiles, added up; a scatter."""
-    return jax.linear_transpose(lambda x: x[index], x)(grad)[0]
+_multiplied.defvjp(_kept, _gradients)
 
 
-def _summed(x: jax.Array, grad: jax.Array, index: jax.Array) -> jax.Array:
+def _forward(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    y = jnp.einsum("cio,cie->coe", kernel, _seen(rows, x, kernel, index))
+    return y.reshape(-1, x.shape[-1])
+
+
+def _seen(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    """What each column of tiles reads: (columns, inputs of its matrix, examples)."""
+    examples = x.shape[-1]
+    return x.reshape(rows, -1, examples)[index].reshape(*kernel.shape[:2], examples)
+
+
+def _backward(
+    rows: int,
+    add_up: Callable[..., jax.Array],
+    grad: jax.Array,
+    x: jax.Array,
+    kernel: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of x and kernel."""
+    by_column = grad.reshape(*kernel.shape[::2], x.shape[-1])
+    of_kernel = jnp.einsum("coe,cie->cio", by_column, _seen(rows, x, kernel, index))
+    of_seen = jnp.einsum("cio,coe->cie", kernel, by_column)
+    of_tiles = add_up(rows, of_seen.reshape(*index.shape, -1, x.shape[-1]), index)
+    return of_tiles.reshape(x.shape), of_kernel
+
+
+def _scattered(rows: int, of_seen: jax.Array, index: jax.Array) -> jax.Array:
+    """What the columns have for each row of tiles, added up by a scatter."""
+    start = jnp.zeros((rows, *of_seen.shape[2:]), of_seen.dtype)
+    (start,) = _on_the_same_devices(start, like=of_seen)
+    return start.at[index].add(of_seen)
+
+
+def _summed(rows: int, of_seen: jax.Array, index: jax.Array) -> jax.Array:
     """The same by a product with ones and zeros: GPUs make a slow loop of the scatter."""
-    rows = jnp.arange(x.shape[0], dtype=index.dtype)
-    ones = (index[..., None] == rows).astype(grad.dtype)
-    return jnp.einsum("cfr,cfie->rie", ones, grad, precision=lax.Precision.HIGHEST)
+    ones = (index[..., None] == jnp.arange(rows, dtype=index.dtype)).astype(of_seen.dtype)
+    return jnp.einsum("cfr,cfie->rie", ones, of_seen, precision=lax.Precision.HIGHEST)
 
 
-_gathered.defvjp(_forward, _backward)
+# On a CPU this many examples at a time: what is gathered for them stays in the cache.
+CHUNK = 256
+
+
+def _in_chunks(
+    forward: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, index: jax.Array
+) -> jax.Array:
+    if x.shape[-1] <= CHUNK or x.shape[-1] % CHUNK:
+        return forward(x, kernel, index)
+    return _joined(lax.map(lambda x: forward(x, kernel, index), _chunks(x)))
+
+
+def _chunked_backward(
+    backward: Callable[..., tuple[jax.Array, jax.Array]],
+    grad: jax.Array,
+    x: jax.Array,
+    kernel: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    if x.shape[-1] <= CHUNK or x.shape[-1] % CHUNK:
+        return backward(grad, x, kernel, index)
+
+    def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
+        of_x, of_kernel = backward(*chunk, kernel, index)
+        return total + of_kernel, of_x
+
+    (start,) = _on_the_same_devices(jnp.zeros_like(kernel), like=x)
+    of_kernel, of_x = lax.scan(one, start, (_chunks(grad), _chunks(x)))
+    return _joined(of_x), of_kernel
+
+
+def _chunks(x: jax.Array) -> jax.Array:
+    """(n, examples) as (chunks, n, CHUNK)."""
+    return x.reshape(len(x), -1, CHUNK).swapaxes(0, 1)
+
+
+def _joined(chunks: jax.Array) -> jax.Array:
+    return chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
+
+
+def _on_the_same_devices(*arrays: jax.Array, like: Any = None) -> list[jax.Array]:
+    """In `shard_map`: arrays that may all differ over the same mesh axes, as their types say."""
+    axes = set[str]().union(*map(varying_axes, arrays if like is None else (*arrays, like)))
+    more = [tuple(sorted(axes - varying_axes(x))) for x in arrays]
+    return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, more, strict=True)]
 
 
 def _check(x: jax.Array, kernel: jax.Array, tiles: Tiles, ndim: int) -> None:

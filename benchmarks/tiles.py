@@ -1,0 +1,219 @@
+"""Time of products and of training with kernels in tiles, of the best dense form.
+
+    python -m benchmarks.tiles                 # all, about 25 minutes on 2 CPU cores
+    python -m benchmarks.tiles mlp layers      # some of it
+
+Medians of pairs in turn, in one run, on a machine that does nothing else. Above 1: tiles are
+faster. `mlp` is a whole training step of a 4 x 1024 MLP with adamw, all donated; `lm` one of
+`experiments.lm` at width 512; `layers` forward and gradients of one layer; `inference` one
+example through a layer; `convolutions` forward and gradients of ResNet-50's shapes.
+"""
+
+import argparse
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dstee_jax as dstee
+from benchmarks.timing import medians
+
+KEY = jax.random.key(0)
+TILES = ((16, 16), (32, 32), (64, 64), (128, 128), (1, 32))
+
+
+def normal(i, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.fold_in(KEY, i), shape, dtype)
+
+
+def tiles_of(shape, tile, sparsity):
+    """Random tiles of a kernel, and its rectangle."""
+    structure = dstee.structures.tiles(tile)
+    tx = dstee.transform(
+        optax.identity(), structure=structure, sparsity=sparsity, total_steps=1, key=KEY, every=None
+    )
+    kernel = {"kernel": normal(1, shape) / np.sqrt(shape[-2])}
+    tiles = dstee.tiles(tx.init(kernel), kernel)
+    return kernel["kernel"], dstee.to_tiles(kernel, tiles)["kernel"], tiles["kernel"]
+
+
+def ratio(dense, tiled, repeats=9) -> str:
+    """Two thunks: dense time over tiled time."""
+    t = medians({"dense": dense, "tiled": tiled}, repeats=repeats)
+    return f"{t['dense'] / t['tiled']:.2f}"
+
+
+def pair(function, x, dense, rectangle, tiles):
+    """A function of (x, kernel, tiles), jitted, as a thunk of each form."""
+    run = jax.jit(function)
+    return functools.partial(run, x, dense, None), functools.partial(run, x, rectangle, tiles)
+
+
+def layers() -> None:
+    """Forward and both gradients of one layer."""
+
+    def step(x, kernel, tiles):
+        return jax.value_and_grad(lambda x, k: jnp.square(dstee.matmul(x, k, tiles)).sum(), (0, 1))(
+            x, kernel
+        )
+
+    print("one layer, forward and gradients; sparsity 80, 90, 95%")
+    for width in (1024, 4096):
+        for batch in (256, 2048):
+            for tile in TILES:
+                found = []
+                for sparsity in (0.8, 0.9, 0.95):
+                    forms = tiles_of((width, width), tile, sparsity)
+                    thunks = pair(step, normal(2, (batch, width)), *forms)
+                    found.append(ratio(*thunks, repeats=7 if width * batch < 2**22 else 3))
+                print(f"  {width:5} x {batch:4}, {tile[0]:3} x {tile[1]:3}: {', '.join(found)}")
+
+
+def inference() -> None:
+    """One example through a layer, against `x @ kernel`."""
+    print("one example through a layer; sparsity 80, 90, 95%")
+    for width in (1024, 4096):
+        for tile in TILES:
+            found = []
+            for sparsity in (0.8, 0.9, 0.95):
+                forms = tiles_of((width, width), tile, sparsity)
+                found.append(ratio(*pair(dstee.matmul, normal(2, (1, width)), *forms), repeats=25))
+            print(f"  {width:5}, {tile[0]:3} x {tile[1]:3}: {', '.join(found)}")
+
+
+def convolutions() -> None:
+    """Forward and both gradients, batch 16, of ResNet-50's shapes."""
+    print("convolutions, forward and gradients, batch 16, tiles of 32 x 32; sparsity 80, 90, 95%")
+    for places, window, inputs, outputs in (
+        (28, 1, 512, 128),
+        (28, 3, 128, 128),
+        (14, 1, 256, 1024),
+        (14, 3, 256, 256),
+        (7, 1, 2048, 512),
+        (7, 3, 512, 512),
+    ):
+
+        def step(x, kernel, tiles):
+            def loss(x, k):
+                return jnp.square(dstee.conv(x, k, tiles)).sum()
+
+            return jax.value_and_grad(loss, (0, 1))(x, kernel)
+
+        x, shape = normal(2, (16, places, places, inputs)), (window, window, inputs, outputs)
+        found = []
+        for sparsity in (0.8, 0.9, 0.95):
+            found.append(ratio(*pair(step, x, *tiles_of(shape, (32, 32), sparsity)), repeats=5))
+        print(
+            f"  {places:2} x {places:2}, {window} x {window}, {inputs:4} to {outputs:4}: "
+            f"{', '.join(found)}"
+        )
+
+
+class Training:
+    """A donated training step that keeps its own state: dense, or with kernels in tiles.
+
+    Args:
+      loss: `(params, tiles, x, y) -> scalar`.
+      params, batch: of the loss.
+      tx: the optimizer; with `dstee.transform` in it, `rounds` are its mask steps.
+    """
+
+    def __init__(self, loss, params, batch, tx, rounds=None):
+        self.params, self.batch, self.tx = jax.tree.map(jnp.copy, params), batch, tx
+        self.state, self.tiles, self.rounds, self.count = jax.jit(tx.init)(params), None, rounds, 0
+        self.nothing = jax.tree.map(lambda _: None, params)
+        if rounds is not None:
+            self.params = dstee.apply_masks(self.params, self.state)
+            self._to_tiles()
+
+        @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
+        def step(params, state, tiles, batch, mask_step):
+            grads = jax.grad(loss)(params, tiles, *batch)
+            if rounds is not None:
+                return dstee.apply(tx, grads, state, params, mask_step=mask_step)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.step = step
+
+    def _to_tiles(self):
+        self.tiles = jax.jit(dstee.tiles)(self.state, self.params)
+        self.params = jax.jit(dstee.to_tiles)(self.params, self.tiles)
+
+    def __call__(self):
+        self.count += 1
+        due = self.rounds is not None and self.count in self.rounds
+        if due:
+            self.params = jax.jit(dstee.to_dense)(self.params, self.tiles)
+        tiles = self.nothing if self.rounds is None or due else self.tiles
+        self.params, self.state = self.step(self.params, self.state, tiles, self.batch, due)
+        if due:
+            self._to_tiles()
+        return self.params
+
+
+def training(name, loss, params, batch, inner, sparsity, tile, **options):
+    """Ordinary steps, and a hundred in a row with one mask step, of a dense step's time."""
+    tx = dstee.transform(
+        inner,
+        structure=dstee.structures.tiles(tile),
+        packed=True,
+        sparsity=sparsity,
+        distribution=dstee.uniform,
+        total_steps=10_000,
+        key=KEY,
+        every=100,
+        **options,
+    )
+    dense = Training(loss, params, batch, inner)
+    tiled = Training(loss, params, batch, tx, set(dstee.mask_steps_of(tx)))
+    tiled.count = 100  # no mask step soon
+    ordinary = ratio(dense, tiled)
+
+    def some(loop, steps):
+        for _ in range(steps):
+            loop()
+        return loop.params
+
+    tiled.count = 100
+    tiled_hundred = functools.partial(some, tiled, 100)
+    t = medians({"dense": functools.partial(some, dense, 10), "tiled": tiled_hundred}, repeats=2)
+    mean = f"{10 * t['dense'] / t['tiled']:.2f}"
+    actual = 1 - float(dstee.density(tiled.state))
+    what = f"{name}, tiles of {tile[0]} x {tile[1]}, {actual:.1%}"
+    print(f"  {what}: {ordinary}; with one mask step in 100 steps: {mean}", flush=True)
+
+
+def mlp() -> None:
+    """A whole training step of a 4 x 1024 MLP."""
+
+    def loss(params, tiles, x, y):
+        for name in ("0", "1", "2", "3"):
+            x = jax.nn.relu(dstee.matmul(x, params[name]["kernel"], tiles[name]["kernel"]))
+        return jnp.mean(jnp.square(x - y))
+
+    print("whole training step, adamw")
+    params = {str(i): {"kernel": normal(i, (1024, 1024)) / 32} for i in range(4)}
+    for batch in (256, 2048):
+        data = normal(5, (batch, 1024)), normal(6, (batch, 1024))
+        for sparsity, tile in ((0.9, (32, 32)), (0.94, (32, 32)), (0.95, (16, 16)), (0.9, (1, 32))):
+            name = f"MLP 4 x 1024, batch {batch}"
+            training(name, loss, params, data, optax.adamw(1e-3), sparsity, tile)
+
+
+PARTS = {f.__name__: f for f in (mlp, layers, inference, convolutions)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    args = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.devices()[0]}; dense time over time with tiles")
+    for part in args.parts:
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()
