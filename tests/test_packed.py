@@ -14,6 +14,7 @@ from dstee_jax import plans, scores
 from dstee_jax.engine import packing, rows
 from dstee_jax.masks.random import random_mask
 from dstee_jax.selection import bisection
+from dstee_jax.trees import expanded
 from tests import oracle
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -374,14 +375,15 @@ def test_a_stacked_leaf_is_its_layers(grow):
 
 def test_layers_of_a_stacked_leaf_keep_their_counts_under_a_structure():
     params = {"kernel": jax.random.normal(KEY, (2, 12, 20))}
-    for structure in (dstee.structures.constant_fan_in(), dstee.structures.block((2, 2))):
+    for structure in (dstee.structures.constant_fan_in(), dstee.structures.tiles((2, 2))):
         tx = make(stack_axes=stacked, structure=structure, grow=scores.random(), sparsity=0.5)
         first = tx.init(params).masks["kernel"]
         _, state = train(tx, params)
         last = state.masks["kernel"]
         assert (first != last).any()
         equal(last.sum((1, 2)), first.sum((1, 2)))
-        assert all(structure.fits(np.asarray(layer)) for layer in last)
+        full = expanded(last, (2, 12, 20))
+        assert all(structure.fits(np.asarray(layer)) for layer in full)
 
 
 def test_blocks_keep_their_counts():
@@ -527,7 +529,9 @@ def test_index_arithmetic_with_a_narrow_type(size, monkeypatch):
         assert int(full.sum(dtype=jnp.int32)) == n - 1
         found = packing.positions(full, n - 1, (1,) * len(shape))
         equal(np.sort(np.asarray(found).ravel()), np.flatnonzero(full))
-        equal(packing.take(jnp.arange(n).reshape(shape), found).ravel(), np.flatnonzero(full))
+        equal(
+            packing.Entries(found).take(jnp.arange(n).reshape(shape)).ravel(), np.flatnonzero(full)
+        )
 
 
 def test_more_than_two_to_the_31_entries_compile():

@@ -1,4 +1,4 @@
-"""N:M, blocks and constant fan-in: hand-worked exchanges, and structure kept under any rule."""
+"""N:M, tiles and constant fan-in: hand-worked exchanges, and structure kept under any rule."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,14 @@ from dstee_jax.engine.rule import Rule
 from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.selection.exchange import Exchange
 from dstee_jax.selection.exchange import exchange as exchange_all
+from dstee_jax.trees import expanded
 
 KEY = jax.random.key(0)
 CASES = {
     "2:4": (structures.n_m(2, 4), 0.5, dstee.uniform),
     "1:8 of outputs": (structures.n_m(1, 8, axis=-1), 0.875, dstee.uniform),
-    "blocks": (structures.block((4, 2)), 0.8, dstee.erk),
-    "channels": (structures.block((3, 3, 8, 1)), 0.8, dstee.erk),
+    "tiles": (structures.tiles((4, 2)), 0.7, dstee.erk),
+    "channels": (structures.tiles((2, 1)), 0.8, dstee.erk),
     "fan-in": (structures.constant_fan_in(), 0.8, dstee.erk),
 }
 
@@ -30,12 +31,12 @@ def has_structure(name, mask):
         return all((flat[:, i : i + 4].sum(1) == 2).all() for i in range(0, flat.shape[1], 4))
     if name == "1:8 of outputs":
         return all((flat[..., i : i + 8].sum(-1) == 1).all() for i in range(0, flat.shape[2], 8))
-    if name == "blocks":
-        rows, columns = range(0, flat.shape[1], 4), range(0, flat.shape[2], 2)
-        parts = [flat[:, i : i + 4, j : j + 2] for i in rows for j in columns]
-        return all(p.all((1, 2)).tolist() == p.any((1, 2)).tolist() for p in parts)
-    if name == "channels":
-        return set(mask.sum((0, 1, 2)).tolist()) <= {0, mask[..., 0].size}
+    if name in ("tiles", "channels"):
+        inputs, outputs = (4, 2) if name == "tiles" else (2, 1)
+        rows, columns = range(0, flat.shape[1], inputs), range(0, flat.shape[2], outputs)
+        parts = [[flat[:, i : i + inputs, j : j + outputs] for i in rows] for j in columns]
+        whole = all(p.all() == p.any() for column in parts for p in column)
+        return whole and len({sum(p.any() for p in column) for column in parts}) == 1
     return len(set(mask.reshape(-1, mask.shape[-1]).sum(0).tolist())) == 1
 
 
@@ -58,12 +59,16 @@ def test_structure_holds_while_weights_move(name, regrow, grow):
         regrow=regrow,
     )
     state, update = tx.init(params), jax.jit(tx.update)
-    first = np.asarray(state.masks["conv"]["kernel"])
+
+    def mask_of(state):
+        return np.asarray(expanded(state.masks["conv"]["kernel"], (3, 3, 8, 16)))
+
+    first = mask_of(state)
     for step in range(40):
         grads = {"conv": {"kernel": jax.random.normal(jax.random.key(step), (3, 3, 8, 16))}}
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        mask = np.asarray(state.masks["conv"]["kernel"])
+        mask = mask_of(state)
         assert has_structure(name, mask)
         assert mask.sum() == first.sum()
         assert not np.asarray(params["conv"]["kernel"])[~mask].any()
@@ -96,11 +101,11 @@ def test_one_exchange_by_hand():
     again = exchange(two_four, mask, drop, grow, 1, regrow=True)
     assert np.ravel(again).tolist() == np.ravel(mask).tolist()
 
-    # Blocks of two inputs: sums 8 and 0.5 for dropping, 1 and 9 for growing.
+    # Tiles of two inputs: sums 8 and 0.5 for dropping, 1 and 9 for growing.
     mask, drop = column([1, 1, 0, 0, 1, 1, 0, 0]), column([5, 3, 0, 0, 0.1, 0.4, 0, 0])
     grow = column([0, 0, 0.5, 0.5, 0, 0, 8, 1])
-    pairs = structures.block((2, 1))
-    assert np.ravel(exchange(pairs, mask, drop, grow, 2)).tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+    pairs = structures.tiles((2, 1))
+    assert np.ravel(exchange(pairs, mask, drop, grow, 2)).tolist() == [1, 0, 0, 1]
 
     # Two units of fan-in 2 out of 3: each drops its own weakest and grows its own best.
     mask = [[1, 0], [1, 1], [0, 1]]
@@ -117,7 +122,7 @@ MAKE = dict(sparsity=0.5, total_steps=300, key=KEY, distribution=dstee.uniform)
     ("call", "message"),
     [
         (lambda: structures.n_m(4, 4), "4:4 is no N:M structure"),
-        (lambda: structures.block(()), r"block=\(\) must have sizes"),
+        (lambda: structures.tiles((4,)), r"tiles=\(4,\) must be two sizes"),
         (
             lambda: dstee.transform(structure=structures.n_m(2, 4), **MAKE).init(PARAMS),
             r"2:4 needs axis -2 of shape \(6, 8\) to be a multiple of 4",
@@ -129,8 +134,8 @@ MAKE = dict(sparsity=0.5, total_steps=300, key=KEY, distribution=dstee.uniform)
             "1:2 keeps 24 weights .* pass sparsity=0.5 and distribution=dstee.uniform",
         ),
         (
-            lambda: dstee.transform(structure=structures.block((4, 4)), **MAKE).init(PARAMS),
-            r"blocks of \(4, 4\) do not divide the last axes of shape \(6, 8\)",
+            lambda: dstee.transform(structure=structures.tiles((4, 4)), **MAKE).init(PARAMS),
+            r"kernel: tiles of \(4, 4\) do not divide the last two axes of shape \(6, 8\): choose",
         ),
         (
             lambda: dstee.methods.gmp(structure=structures.n_m(2, 4), **MAKE),

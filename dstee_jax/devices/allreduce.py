@@ -64,7 +64,9 @@ def pmean(
     for state in states:
         rows = zip(mask_leaves(state.indices, grads), mask_leaves(state.masks, grads), strict=True)
         found = [
-            f if is_dense(f) or may_be_rectangle(x.shape, f) else place(f, m, x.shape)
+            optax.MaskedNode()
+            if is_dense(f) or may_be_rectangle(x.shape, f)
+            else place(f, m, x.shape)
             for x, (f, m) in zip(leaves, rows, strict=True)
         ]
         where = [w if is_dense(f) else f for w, f in zip(where, found, strict=True)]

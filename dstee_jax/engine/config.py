@@ -188,9 +188,10 @@ class Config:
 
     def _full(self, mask: Any, shape: tuple[int, ...]) -> Any:
         assert self.rule.structure is not None
-        tile = (*self.rule.structure.tile,)
-        parts = tuple(n // size for n, size in zip(shape[-2:], tile, strict=True))
-        of_tiles = not is_dense(mask) and mask.ndim == len(shape) and mask.shape[-2:] == parts
+        if is_dense(mask) or mask.ndim != len(shape) or len(shape) < 2:
+            return mask
+        tile = self.rule.structure.tile
+        of_tiles = mask.shape[-2:] == tuple(n // t for n, t in zip(shape[-2:], tile, strict=True))
         return np.asarray(expanded(mask, shape)) if of_tiles else mask
 
     def _tile_sizes(self, params: PyTree, masks: PyTree) -> PyTree:

@@ -42,6 +42,7 @@ def matmul(x: jax.Array, kernel: jax.Array, tiles: Tiles | None = None) -> jax.A
       >>> dstee.matmul(jnp.arange(4.0), jnp.ones((2, 2, 1)), tiles).tolist()
       [1.0, 5.0]
     """
+    _check_examples(x, kernel)
     if tiles is None:
         if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1]:
             raise ValueError(
@@ -80,6 +81,7 @@ def conv(
     Raises:
       ValueError: shapes do not fit; names them.
     """
+    _check_examples(x, kernel)
     axes = x.ndim - 2
     steps = (strides,) * axes if isinstance(strides, int) else tuple(strides)
     if tiles is None:
@@ -227,6 +229,14 @@ def _on_the_same_devices(*arrays: jax.Array, like: Any = None) -> list[jax.Array
     axes = set[str]().union(*map(varying_axes, arrays if like is None else (*arrays, like)))
     more = [tuple(sorted(axes - varying_axes(x))) for x in arrays]
     return [lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, more, strict=True)]
+
+
+def _check_examples(x: jax.Array, kernel: jax.Array) -> None:
+    if 0 in x.shape:
+        raise ValueError(
+            f"x of shape {x.shape} has no examples for a kernel of shape {kernel.shape}: leave an "
+            "empty batch out."
+        )
 
 
 def _check(x: jax.Array, kernel: jax.Array, tiles: Tiles, ndim: int) -> None:

@@ -1,0 +1,421 @@
+"""Kernels in tiles: masks of tiles, their two forms, products, and training with them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import dstee_jax as dstee
+from dstee_jax import scores, structures
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+KEY = jax.random.key(0)
+
+
+def normal(i, shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.fold_in(KEY, i), shape, dtype)
+
+
+def random_tiles(shape, tile, active, seed=0):
+    """Tiles with `active` random rows in each column."""
+    rng, rows = np.random.default_rng(seed), shape[-2] // tile[0]
+    columns = [rng.permutation(rows)[:active] for _ in range(shape[-1] // tile[1])]
+    return dstee.Tiles(jnp.asarray(np.sort(columns, axis=-1), jnp.int32), tile, shape)
+
+
+def close(found, expected, tolerance=1e-5):
+    def one(a, b):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), 1e-30))
+
+    jax.tree.map(one, found, expected)
+
+
+def equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# --- products
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([(1, 4), (2, 2), (4, 8), (8, 4)]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.data(),
+    st.sampled_from([(), (3,), (2, 3), (512,)]),
+)
+def test_matmul_is_that_of_the_dense_kernel(tile, rows, columns, data, batch):
+    shape = (rows * tile[0], columns * tile[1])
+    tiles = random_tiles(shape, tile, data.draw(st.integers(1, rows)))
+    x, rectangle = normal(1, (*batch, shape[0])), normal(2, tiles.rectangle_shape)
+    kernel = dstee.to_dense({"k": rectangle}, {"k": tiles})["k"]
+    equal(dstee.to_tiles({"k": kernel}, {"k": tiles})["k"], rectangle)
+
+    def loss(x, kernel, tiles):
+        y = dstee.matmul(x, kernel, tiles)
+        return jnp.sum(jnp.sin(y)), y
+
+    found, of_tiles = jax.grad(loss, (0, 1), has_aux=True)(x, rectangle, tiles)
+    expected, dense = jax.grad(loss, (0, 1), has_aux=True)(x, kernel, None)
+    close(of_tiles, dense)
+    close(found, (expected[0], tiles.take(expected[1])))
+
+
+@pytest.mark.parametrize(
+    ("places", "window", "strides", "padding"),
+    [
+        ((6, 5), (3, 3), 1, "SAME"),
+        ((7, 7), (3, 3), 2, "SAME"),
+        ((6, 6), (1, 1), 2, "VALID"),
+        ((8,), (5,), (2,), ((1, 3),)),
+    ],
+)
+def test_conv_is_that_of_the_dense_kernel(places, window, strides, padding):
+    tiles = random_tiles((*window, 8, 12), (2, 4), 3)
+    x, rectangle = normal(1, (2, *places, 8)), normal(2, tiles.rectangle_shape)
+
+    def loss(x, kernel, tiles):
+        y = dstee.conv(x, kernel, tiles, strides=strides, padding=padding)
+        return jnp.sum(jnp.sin(y)), y
+
+    found, of_tiles = jax.grad(loss, (0, 1), has_aux=True)(x, rectangle, tiles)
+    kernel = tiles.dense(rectangle)
+    expected, dense = jax.grad(loss, (0, 1), has_aux=True)(x, kernel, None)
+    close(of_tiles, dense)
+    close(found, (expected[0], tiles.take(expected[1])))
+
+
+def test_bfloat16():
+    tiles = random_tiles((64, 32), (8, 8), 3)
+    x, rectangle = normal(1, (16, 64), jnp.bfloat16), normal(2, (4, 24, 8), jnp.bfloat16)
+    y = dstee.matmul(x, rectangle, tiles)
+    assert y.dtype == jnp.bfloat16
+    close(y, x @ tiles.dense(rectangle), 2e-2)
+
+
+def test_transformations():
+    """jit, vmap over seeds, scan over stacked layers, and remat give what a loop gives."""
+    shape, tile = (16, 16), (4, 4)
+    layers = [random_tiles(shape, tile, 2, seed) for seed in range(3)]
+    stacked = dstee.Tiles(jnp.stack([t.index for t in layers]), tile, shape)
+    kernels = normal(1, stacked.rectangle_shape)
+    x = normal(2, (5, 16))
+
+    def by_loop(x, kernels):
+        for kernel, tiles in zip(kernels, layers, strict=True):
+            x = jnp.tanh(dstee.matmul(x, kernel, tiles))
+        return jnp.sum(x)
+
+    @jax.remat
+    def layer(x, one):
+        return jnp.tanh(dstee.matmul(x, *one)), None
+
+    def by_scan(x, kernels):
+        return jnp.sum(jax.lax.scan(layer, x, (kernels, stacked))[0])
+
+    close(*(jax.jit(jax.grad(f, (0, 1)))(x, kernels) for f in (by_scan, by_loop)))
+    each = [dstee.matmul(x, kernel, tiles) for kernel, tiles in zip(kernels, layers, strict=True)]
+    close(jax.vmap(dstee.matmul, (None, 0, 0))(x, kernels, stacked), jnp.stack(each))
+
+
+def test_shard_map():
+    """Each device has its part of the batch; gradients are those of the whole."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tiles = random_tiles((16, 8), (4, 4), 2)
+    x, kernel = normal(1, (8 * 512, 16)), normal(2, tiles.rectangle_shape)
+
+    def loss(kernel, x):
+        return jnp.mean(jnp.square(dstee.matmul(x, kernel, tiles)))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    def sharded(kernel, x):
+        kernel = jax.lax.pcast(kernel, "data", to="varying")
+        return jax.lax.pmean(jax.grad(loss)(kernel, x), "data")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    def of_x(kernel, x):
+        return jax.grad(loss, 1)(kernel, x)
+
+    close(jax.jit(sharded)(kernel, x), jax.grad(loss)(kernel, x))
+    close(jax.jit(of_x)(kernel, x), 8 * jax.grad(loss, 1)(kernel, x))
+
+
+# --- training
+
+
+def stack_axes(path, leaf):
+    return (0,) if "blocks" in jax.tree_util.keystr(path) else ()
+
+
+def parameters():
+    return {
+        "first": {"kernel": normal(1, (32, 16)), "bias": jnp.zeros(16)},
+        "conv": {"kernel": normal(2, (3, 3, 8, 16))},
+        "blocks": {"kernel": normal(3, (2, 16, 16))},
+        "one_axis": {"kernel": normal(4, (3, 8, 16))},
+    }
+
+
+def make(inner=None, **options):
+    few = dict(sparsity=0.6, total_steps=40, every=4, key=KEY, stack_axes=stack_axes)
+    few |= {"structure": structures.tiles((4, 4))} | options
+    return dstee.transform(optax.adamw(1e-2) if inner is None else inner, **few)
+
+
+def gradients(params, step):
+    """Of a loss with a part that every step has anew."""
+    return jax.tree.map(lambda p: 0.1 * p + normal(step + p.size, p.shape), params)
+
+
+def train_dense(tx, params, steps):
+    state = tx.init(params)
+    params = dstee.apply_masks(params, state)
+    step = jax.jit(lambda g, s, p: dstee.apply(tx, g, s, p))
+    for i in range(1, steps + 1):
+        params, state = step(gradients(params, i), state, params)
+    return params, state
+
+
+def train_in_tiles(tx, params, steps):
+    """Rectangles wherever a step allows them."""
+    state, dense_steps = tx.init(params), set(dstee.dense_steps_of(tx))
+    params = dstee.apply_masks(params, state)
+    tiles = dstee.tiles(state, params)
+    params = dstee.to_tiles(params, tiles)
+    mask_steps = set(dstee.mask_steps_of(tx))
+    step = jax.jit(lambda g, s, p, due: dstee.apply(tx, g, s, p, mask_step=due), static_argnums=3)
+    for i in range(1, steps + 1):
+        whole = dstee.to_dense(params, tiles)
+        grads = gradients(whole, i)
+        if i in dense_steps:
+            whole, state = step(grads, state, whole, i in mask_steps)
+            tiles = dstee.tiles(state, whole)
+            params = dstee.to_tiles(whole, tiles)
+        else:
+            params, state = step(dstee.to_tiles(grads, tiles), state, params, False)
+    return dstee.to_dense(params, tiles), state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grow_batches": 3},
+        {"update_weights": True},
+        {"grow": scores.random(), "inner": optax.sgd(0.1, momentum=0.9, nesterov=True)},
+        {"structure": structures.tiles((2, 4), score=jnp.max)},
+    ],
+)
+def test_rectangles_train_as_dense_kernels_do(options):
+    """Parameters to rounding; masks, counters and explored tiles exactly."""
+    params = parameters()
+    expected, dense = train_dense(make(**options), params, 17)
+    found, tiled = train_in_tiles(make(packed=True, **options), params, 17)
+    close(found, expected, 1e-4)
+    equal((tiled.masks, tiled.counters), (dense.masks, dense.counters))
+    assert float(dstee.exploration_degree(tiled)) > float(dstee.density(tiled))
+    kernel = dstee.apply_masks(jax.tree.map(jnp.ones_like, params), tiled)
+    weights = [x for x in jax.tree.leaves(kernel) if x.ndim > 1]
+    share = sum(float(x.sum()) for x in weights) / sum(x.size for x in weights)
+    assert float(dstee.density(tiled)) == pytest.approx(share)
+
+
+def test_what_is_kept():
+    """Masks and counters for tiles, moments as rectangles, and no element gathered by itself."""
+    tx, params = make(packed=True), parameters()
+    state = tx.init(params)
+    assert state.masks["conv"]["kernel"].shape == (1, 1, 2, 4)
+    assert state.counters["blocks"]["kernel"].shape == (2, 4, 4)
+    tiles = dstee.tiles(state, params)
+    mu = state.inner_state[0].mu
+    shapes = jax.tree.map(jnp.shape, dstee.to_tiles(params, tiles))
+    assert jax.tree.map(jnp.shape, mu) == shapes
+    assert tiles["first"]["bias"] is None
+    rectangles = dstee.to_tiles(params, tiles)
+    text = (
+        jax.jit(lambda g, s, p: dstee.apply(tx, g, s, p, mask_step=False))
+        .lower(rectangles, state, rectangles)
+        .as_text()
+    )
+    assert "gather" not in text
+    assert "scatter" not in text
+    text = jax.jit(lambda g, s, p: dstee.apply(tx, g, s, p)).lower(params, state, params).as_text()
+    sizes = [line for line in text.splitlines() if "stablehlo.gather" in line]
+    assert all("tensor<4x" in line or "tensor<2x4x" in line for line in sizes)
+
+
+def test_the_total_is_as_near_as_tiles_allow():
+    shapes = {"a": (64, 48), "b": (48, 32), "c": (32, 16), "d": (3, 3, 16, 16)}
+    params = {name: {"kernel": jnp.ones(shape)} for name, shape in shapes.items()}
+    for sparsity in (0.5, 0.7, 0.8, 0.9):
+        for distribution in (dstee.erk, dstee.uniform):
+            tx = make(sparsity=sparsity, distribution=distribution, stack_axes=None)
+            state = tx.init(params)
+            sizes = [np.prod(shape) for shape in shapes.values()]
+            steps = [4 * np.prod(s[:-2], initial=1) * s[-1] for s in shapes.values()]
+            off = (float(dstee.density(state)) - (1 - sparsity)) * sum(sizes)
+            masks = [state.masks[name]["kernel"] for name in shapes]
+            can_fall = [s for s, m in zip(steps, masks, strict=True) if m.sum(-2).min() > 1]
+            can_rise = [s for s, m in zip(steps, masks, strict=True) if not m.all()]
+            movable = can_fall if off > 0 else can_rise
+            assert abs(off) <= max(min(movable, default=np.inf) / 2, 1) + max(steps) / 2
+
+
+def test_pmean_sends_rectangles():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx, params = make(packed=True), parameters()
+    state = tx.init(params)
+    tiles = dstee.tiles(state, params)
+
+    def mean(grads, state):
+        grads = jax.tree.map(lambda g: g * (1.0 + jax.lax.axis_index("data")), grads)
+        return dstee.pmean(grads, state, "data")
+
+    run = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=(P(), P()), out_specs=P()))
+    expected = dstee.apply_masks(jax.tree.map(lambda p: 4.5 * p, params), state)
+    found = run(params, state)
+    close(dstee.to_tiles(found, tiles), dstee.to_tiles(expected, tiles))
+    rectangles = dstee.to_tiles(params, tiles)
+    close(run(rectangles, state), dstee.to_tiles(expected, tiles))
+    text = run.lower(rectangles, state).as_text()
+    assert "4x3x3" not in text
+    assert "3x3x8x16" not in text
+
+
+def test_a_checkpoint_holds_either_form(tmp_path):
+    tx, params = make(packed=True), parameters()
+    params, state = train_in_tiles(tx, params, 6)
+    tiles = dstee.tiles(state, params)
+    for i, held in enumerate((params, dstee.to_tiles(params, tiles))):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / str(i), {"params": held, "state": state})
+            checkpointer.wait_until_finished()
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": held, "state": state})
+            restored = checkpointer.restore(tmp_path / str(i), shapes)
+        equal(restored, {"params": held, "state": state})
+        dstee.check(tx, restored["state"], parameters())
+    equal(dstee.to_dense(restored["params"], tiles), params)
+
+
+def test_given_masks_and_carry_over():
+    tx, params = make(packed=True), parameters()
+    state = tx.init(params)
+    full = jax.tree.map(lambda p: p != 0, dstee.apply_masks(params, state))
+    masks = jax.tree.map(
+        lambda full, mask: mask if isinstance(mask, optax.MaskedNode) else full,
+        full,
+        state.masks,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    for given_masks in (masks, state.masks):
+        again = make(packed=True, sparsity=None, masks=given_masks).init(params)
+        equal(again.masks, state.masks)
+        equal(again.indices, state.indices)
+    # The same masks, moments whole and in tiles.
+    whole = dstee.carry_over(state, make(), params)
+    equal(whole.masks, state.masks)
+    assert whole.inner_state[0].mu["conv"]["kernel"].shape == (3, 3, 8, 16)
+    back = dstee.carry_over(whole, tx, params)
+    equal((back.masks, back.counters, back.indices), (state.masks, state.counters, state.indices))
+    dense = dstee.carry_over(state, optax.adamw(1e-2), params)
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, optax.adamw(1e-2).init(params))
+
+
+# --- errors
+
+
+TX = make(packed=True)
+STATE = TX.init(parameters())
+TILES = dstee.tiles(STATE, parameters())
+SHORT = dstee.to_tiles(parameters(), TILES)
+ONE = random_tiles((8, 8), (4, 4), 1)
+
+
+def step(tx, grads, params, state=STATE, **options):
+    return dstee.apply(tx, grads, state, params, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: dstee.matmul(jnp.ones((0, 8)), jnp.ones((2, 4, 4)), ONE),
+            r"x of shape \(0, 8\) has no examples for a kernel of shape \(2, 4, 4\)",
+        ),
+        (lambda: dstee.matmul(jnp.ones((2, 6)), jnp.ones((2, 4, 4)), ONE), r"x has shape \(2, 6\)"),
+        (lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((8, 8)), ONE), r"\(8, 8\), where its"),
+        (lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((2, 4, 4))), "a rectangle needs tiles="),
+        (
+            lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((2, 8, 4)), ONE),
+            r"rectangle \(2, 4, 4\) of a dense \(8, 8\)",
+        ),
+        (
+            lambda: dstee.conv(jnp.ones((2, 5, 5, 8)), jnp.ones((2, 4, 4)), ONE),
+            r"kernel of shape \(8, 8\)",
+        ),
+        (
+            lambda: dstee.conv(jnp.ones((2, 5, 8)), jnp.ones((2, 4, 4))),
+            "needs \\(batch, \\*places, inputs\\)|rectangle needs tiles=",
+        ),
+        (lambda: dstee.to_tiles(SHORT, TILES), r"has shape .* the dense kernel is"),
+        (lambda: dstee.to_dense(parameters(), TILES), r"has shape .* the rectangle"),
+        (lambda: dstee.to_tiles({"a": jnp.ones(3)}, TILES), "tiles have 5 leaves and params 1"),
+        (lambda: dstee.tiles(STATE, SHORT), "pass the dense parameters"),
+        (
+            lambda: dstee.tiles(make(structure=None).init(parameters()), parameters()),
+            "opt_state has no tiles",
+        ),
+        (lambda: step(TX, SHORT, SHORT), r"rectangle of tiles, and a mask step needs .* dense"),
+        (
+            lambda: step(TX, parameters(), SHORT, mask_step=False),
+            r"grads of .* has shape .*, the parameter",
+        ),
+        (
+            lambda: step(make(), SHORT, SHORT, make().init(parameters()), mask_step=False),
+            "pass packed=True",
+        ),
+        (
+            lambda: step(TX, *[{**parameters(), "conv": {"kernel": jnp.ones((5, 7))}}] * 2),
+            r"conv/kernel has shape \(5, 7\), where its tiles of \(4, 4\) need",
+        ),
+        (
+            lambda: make(plan=dstee.plans.exchange(of_all=True)),
+            "structure= keeps the count of every leaf",
+        ),
+        (
+            lambda: make(stack_axes=lambda path, leaf: (2,) if leaf.ndim == 3 else ()).init(
+                {"kernel": jnp.ones((8, 8, 2))}
+            ),
+            "must be the first ones|do not divide",
+        ),
+    ],
+)
+def test_errors_name_both_shapes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_memory_reads_every_gradient():
+    tx = make(memory=dstee.memory.dense_momentum(), grow=scores.momentum(), packed=True)
+    assert dstee.dense_steps_of(tx) == range(1, 41)
+    state = tx.init(parameters())
+    with pytest.raises(ValueError, match="memory= reads all weights on each step"):
+        dstee.apply(tx, SHORT, state, SHORT, mask_step=False)
+
+
+def test_tiles_are_a_pytree_with_one_array():
+    leaves, treedef = jax.tree.flatten(ONE)
+    assert len(leaves) == 1
+    assert jax.tree.unflatten(treedef, leaves) == dataclasses.replace(ONE, index=leaves[0])
+    assert jax.tree.leaves(dstee.no_tiles(TILES)) == []
