@@ -62,13 +62,8 @@ def pmean(
     _check_varying(leaves, axis_name)
     where: list[Any] = [optax.MaskedNode()] * len(leaves)
     for state in states:
-        rows = zip(mask_leaves(state.indices, grads), mask_leaves(state.masks, grads), strict=True)
-        found = [
-            optax.MaskedNode()
-            if is_dense(f) or may_be_rectangle(x.shape, f)
-            else place(f, m, x.shape)
-            for x, (f, m) in zip(leaves, rows, strict=True)
-        ]
+        kept = (mask_leaves(tree, grads) for tree in (state.indices, state.masks))
+        found = [_place(*row) for row in zip(leaves, *kept, strict=True)]
         where = [w if is_dense(f) else f for w, f in zip(where, found, strict=True)]
     if check:
         agree = replicas_agree(opt_state, axis_name)
@@ -90,6 +85,12 @@ def pmean(
 
     wanted = jnp.stack([state.needs_dense for state in states]).any()
     return jax.tree.unflatten(treedef, lax.cond(wanted, dense, active))
+
+
+def _place(grad: jax.Array, index: Any, mask: Any) -> Any:
+    """Where the active entries of a gradient are; `MaskedNode` if all of it is to travel."""
+    whole = is_dense(index) or may_be_rectangle(grad.shape, index)
+    return optax.MaskedNode() if whole else place(index, mask, grad.shape)
 
 
 def replicas_agree(opt_state: PyTree, axis_name: Any) -> jax.Array:
