@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType
 from rich.console import Console
 
@@ -28,18 +27,18 @@ from experiments.data import cifar as data
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, choice
 from experiments.training.checkpoints import Checkpoints
+from experiments.training.epochs import cosine_sgd, in_segments, shuffled
 from experiments.training.learner import (
-    OPTIONS,
     Learner,
     TrainState,
     add_method_options,
     check_method_options,
+    given_options,
 )
-from experiments.training.methods import METHODS, measures, segments
+from experiments.training.methods import METHODS, SCORED_PER_CLASS, measures
 from experiments.training.models import MODELS, count_weights
 from experiments.training.runs import Events
 
-SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
 WEIGHT_DECAY = 5e-4
 PRUNED_FROM = 256  # images that SIS fits layers to
 
@@ -54,14 +53,9 @@ class Trainer:
         self.batch = args.batch
         self.steps_per_epoch = train_size // args.batch
         total = self.steps_per_epoch * args.epochs
-        schedule = optax.cosine_decay_schedule(args.learning_rate, total)
-        inner = optax.chain(
-            optax.add_decayed_weights(args.weight_decay),
-            optax.sgd(schedule, momentum=0.9, nesterov=True),
-        )
         self.learner = Learner(
             functools.partial(MODELS[args.model], data.CLASSES[args.dataset]),
-            inner,
+            cosine_sgd(args, total),
             args,
             total_steps=total,
             seed=seed,
@@ -129,9 +123,7 @@ class Trainer:
 
     def order(self, epoch: int, size: int) -> jax.Array:
         """The images of each step of an epoch: indices (steps, batch)."""
-        key = jax.random.fold_in(jax.random.fold_in(self.learner.key, 3), epoch)
-        used = self.steps_per_epoch * self.batch
-        return jax.random.permutation(key, size)[:used].reshape(-1, self.batch)
+        return shuffled(self.learner.key, epoch, size, self.batch)
 
     def epoch(self, state: TrainState, epoch: int, images: jax.Array, labels: jax.Array):
         """One pass over the data in an order of its own; returns the state and the mean loss."""
@@ -150,11 +142,12 @@ class Trainer:
 
     def in_segments(self, state: TrainState, order: Any, epoch: int, images: Any, labels: Any):
         """An epoch, a call for each mask step and for all ordinary steps between two."""
-        total, done = jnp.zeros(()), epoch * self.steps_per_epoch
-        for begin, end, mask_step in segments(done, len(order), self.learner.mask_steps):
-            state, loss = self.steps(state, order, begin, end, images, labels, mask_step)
-            total += loss
-        return state, total / len(order)
+
+        def steps(state, begin, end, mask_step):
+            return self.steps(state, order, begin, end, images, labels, mask_step)
+
+        done = epoch * self.steps_per_epoch
+        return in_segments(steps, state, done, len(order), self.learner.mask_steps)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _hits(self, state: TrainState, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -232,15 +225,13 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     if dstee.get_states(state.opt_state):
         print_(dstee.summary(state.opt_state, state.params))
     named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
-    options = (*OPTIONS, "rescale", "sparse_allreduce")
     decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
     return {
         **{name: getattr(args, name) for name in named},
         "seed": seed,
         "steps": trainer.steps_per_epoch * args.epochs,
         "data": args.note or args.dataset,
-        "options": decay
-        | {n: getattr(args, n) for n in options if getattr(args, n) not in (None, False)},
+        "options": decay | given_options(args, "rescale", "sparse_allreduce"),
         "accuracy": history[-1]["accuracy"],
         "best_accuracy": max(row["accuracy"] for row in history),
         "density": round(density, 6),

@@ -33,15 +33,15 @@ from experiments.training import records, sis
 from experiments.training.arguments import Parser, choice
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.learner import (
-    OPTIONS,
     Learner,
     TrainState,
     add_method_options,
     check_method_options,
+    given_options,
 )
 from experiments.training.methods import METHODS, measures
 from experiments.training.models import ResNet50, Small, count_weights
-from experiments.training.runs import Log, Preemption, check_same_command, leave
+from experiments.training.runs import Log, Preemption, check_same_command, leave, record_once
 
 CLASSES = 1000
 # Mean and standard deviation of the channels of ImageNet's training images, in units of 255.
@@ -323,13 +323,12 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     if setup.train is not None:
         batches.close()
     named = ("model", "method", "sparsity", "epochs", "batch", "image_size", "seed")
-    options = (*OPTIONS, "bf16", "shard_params", "sparse_allreduce")
     return {
         "dataset": "imagenet2012",
         "data": "random images" if args.fake_data else args.note or "imagenet2012",
         **{name: getattr(args, name) for name in named},
         "steps": total,
-        "options": {name: getattr(args, name) for name in options if getattr(args, name)},
+        "options": given_options(args, "bf16", "shard_params", "sparse_allreduce"),
         "accuracy": accuracy,
         "density": round(density, 6),
         "R": round(explored, 4),
@@ -414,10 +413,8 @@ def main(argv: list[str] | None = None) -> None:
         if jax.process_count() == 1:
             raise
         leave(error)
-    done = args.work_dir / "recorded"
-    if record is not None and jax.process_index() == 0 and not done.exists():
-        records.append(args.results, record)
-        done.touch()
+    if record is not None and jax.process_index() == 0:
+        record_once(args, record)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ import dstee_jax as dstee
 from experiments.data import text as texts
 from experiments.training import records
 from experiments.training.arguments import Parser
-from experiments.training.learner import OPTIONS, add_method_options
+from experiments.training.learner import (
+    add_method_options,
+    check_method_options,
+    given_options,
+)
 from experiments.training.methods import mask_steps, measures, optimizer
 from experiments.training.models import count_weights
 
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
     graph, params = nnx.split(model)
     warmup = max(args.steps // 20, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    options = given_options(args)
     tx = optimizer(
         args.method,
         optax.chain(
@@ -284,6 +288,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--structure {args.structure} is not for stacked layers: leave it out.")
     if args.distribution == "uniform_first_dense":
         parser.error("--distribution uniform_first_dense is for images: pass erk or uniform.")
+    check_method_options(parser, args)
     if args.method == "dense":
         args.sparsity = 0.0
     return args

@@ -36,21 +36,34 @@ def write(directory, name, version, features, splits):
 
 def write_cifar(directory, name, classes, sizes):
     """Random images, PNG."""
+    rng = np.random.default_rng(0)
+    splits = {s: rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8) for s, n in sizes.items()}
+    write_images(directory, name, "3.0.2", classes, splits)
+
+
+def write_mnist(directory, sizes):
+    """Images whose label can be seen, PNG: four rows of 28 by 28 random pixels are the brighter."""
+    rng = np.random.default_rng(0)
+    splits = {s: rng.integers(0, 150, (n, 28, 28, 1), dtype=np.uint8) for s, n in sizes.items()}
+    for images in splits.values():
+        for i, image in enumerate(images):
+            image[2 * (i % 10) : 2 * (i % 10) + 4] += 100
+    write_images(directory, "mnist", "3.0.1", 10, splits)
+
+
+def write_images(directory, name, version, classes, splits):
+    """Images (n, height, width, channels) as PNG; labels 0, 1, ..., classes - 1, 0, ..."""
     import tensorflow_datasets as tfds
 
-    rng = np.random.default_rng(0)
-    splits = {
-        split: [
-            {"image": encoded(p), "label": i % classes}
-            for i, p in enumerate(rng.integers(0, 255, (size, 32, 32, 3), dtype=np.uint8))
-        ]
-        for split, size in sizes.items()
+    examples = {
+        split: [{"image": encoded(x.squeeze()), "label": i % classes} for i, x in enumerate(images)]
+        for split, images in splits.items()
     }
     features = {
-        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "image": tfds.features.Image(shape=next(iter(splits.values())).shape[1:]),
         "label": tfds.features.ClassLabel(num_classes=classes),
     }
-    write(directory, name, "3.0.2", features, splits)
+    write(directory, name, version, features, examples)
 
 
 def write_imagenet(directory, sizes):

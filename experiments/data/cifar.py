@@ -1,4 +1,4 @@
-"""CIFAR as two device arrays, through TFDS without TensorFlow; crop and flip on the device."""
+"""CIFAR: its splits as arrays; crop and flip on the device."""
 
 from pathlib import Path
 
@@ -6,35 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.data.arrays import Arrays, load
+
 CLASSES = {"cifar10": 10, "cifar100": 100}
 # Mean and standard deviation of the channels of CIFAR's training images, in units of 255.
 MEAN = np.array([0.4914, 0.4822, 0.4465], np.float32)
 SD = np.array([0.2470, 0.2435, 0.2616], np.float32)
-
-Arrays = tuple[np.ndarray, np.ndarray]
-
-
-def load(dataset: str, split: str, data_dir: str | Path) -> Arrays:
-    """All images (n, 32, 32, 3) uint8 and labels (n,) int32 of a split of a TFDS dataset.
-
-    Raises:
-      FileNotFoundError: `data_dir` does not hold the dataset in array_record form.
-    """
-    import tensorflow_datasets as tfds
-
-    directory = Path(data_dir).expanduser()
-    if not list(directory.glob(f"{dataset}/*/dataset_info.json")):
-        raise FileNotFoundError(
-            f"no {dataset} under {directory}. Make it with: "
-            f"tfds build {dataset} --file_format=array_record --data_dir={data_dir} "
-            "(needs TensorFlow, once), or pass the right --data_dir."
-        )
-    source = tfds.data_source(dataset, split=split, data_dir=str(directory))
-    images = np.empty((len(source), 32, 32, 3), np.uint8)
-    labels = np.empty(len(source), np.int32)
-    for i, example in enumerate(source):
-        images[i], labels[i] = example["image"], example["label"]
-    return images, labels
 
 
 def load_splits(dataset: str, data_dir: str | Path, validation: bool) -> tuple[Arrays, Arrays]:

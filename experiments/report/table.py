@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--pairs", action="store_true")
     args = parser.parse_args(argv)
-    runs = [{"rescale": False} | run for path in args.files for run in records.read(path)]
+    recorded = [run for path in args.files for run in records.read(path)]
+    runs = [{"rescale": False} | one for run in recorded for one in records.by_seed(run)]
     print(accuracy_table(runs))
     if args.pairs:
         print(pair_table(runs))

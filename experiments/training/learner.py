@@ -1,7 +1,7 @@
 """A network and its optimizer by the name of a method: init, step, prune and predict.
 
-What `experiments.cifar` and `experiments.imagenet` share; pure functions of a `TrainState`, to
-be jitted by the caller as its devices ask for.
+What `experiments.cifar`, `imagenet` and `mlp` share; pure functions of a `TrainState`, to be
+jitted by the caller as its devices ask for.
 """
 
 import argparse
@@ -31,7 +31,9 @@ from experiments.training.methods import (
 )
 
 THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
+OWN_OPTIONS = ("normalize", "counter_init", "regrow")  # errors for methods without them
 OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure", "distribution")
+OPTIONS += OWN_OPTIONS
 
 
 def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -40,6 +42,17 @@ def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--method {args.method} trains no masks: leave --sparse_allreduce out.")
     if args.sparse_allreduce and METHODS[args.method].factory is None:
         parser.error(f"--method {args.method} is not sparse: leave --sparse_allreduce out.")
+    for name in OWN_OPTIONS:
+        having = [method for method, of in METHODS.items() if name in of.options]
+        if getattr(args, name) is not None and args.method not in having:
+            parser.error(f"--{name} is for {', '.join(having)}: leave it out of {args.method}.")
+
+
+def given_options(args: argparse.Namespace, *flags: str) -> dict[str, Any]:
+    """The options of the method that the command line gave, and those of `flags` that are on."""
+    given = {name: getattr(args, name) for name in OPTIONS}
+    on = {name: True for name in flags if getattr(args, name)}
+    return {name: value for name, value in given.items() if value is not None} | on
 
 
 class TrainState(NamedTuple):
@@ -64,7 +77,13 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--eps", type=float)
     add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
     add("--distribution", type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
-    add("--rescale", action="store_true", help="sparse-aware initial scale")
+    normalize = "the scale-free acquisition of dst_ee: gradients over their layer's mean"
+    add("--normalize", action="store_true", default=None, help=normalize)
+    add("--counter_init", choices=["masks", "zeros"], help="of dst_ee")
+    regrow = "whether weights may grow in the round that drops them"
+    add("--regrow", action=argparse.BooleanOptionalAction, help=regrow)
+    scale = "sparse-aware initial scale"
+    add("--rescale", action=argparse.BooleanOptionalAction, default=False, help=scale)
     add(
         "--sparse_allreduce",
         action="store_true",
@@ -120,7 +139,7 @@ class Learner:
             key=jax.random.fold_in(self.key, 1),
             selection=selection,
             indices=args.sparse_allreduce,
-            **{name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None},
+            **given_options(args),
         )
         self.tx = optax.with_extra_args_support(inner)
         if self.trains == "masked":
@@ -223,6 +242,10 @@ class Learner:
         model = nnx.merge(self.eval_def, model_params(state.params), state.stats)
         return jnp.sum(model(x).argmax(-1) == y, dtype=jnp.int32)
 
+    def keep(self, masks: Any) -> None:
+        """Train with masks that stay as they are, from here on."""
+        self.tx = self._make(masks=masks)
+
     def prune(self, state: TrainState, x: jax.Array) -> TrainState:
         """SIS: sparsify each layer of the trained network, and keep the masks from here on.
 
@@ -232,7 +255,7 @@ class Learner:
         """
         model = nnx.merge(self.eval_def, state.params, state.stats, copy=True)
         params, masks = sis.sparsify_model(model, x, self.sparsity)
-        self.tx = self._make(masks=masks)
+        self.keep(masks)
         opt_state = self.tx.init(params)
         explored = jax.tree.map(jnp.ones_like, opt_state.counters)  # all weights were active
         opt_state = opt_state._replace(counters=explored, inner_state=state.opt_state)

@@ -11,7 +11,8 @@ import optax
 import dstee_jax as dstee
 from dstee_jax import at_init, methods, soft_threshold, structures
 
-_SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure")
+_SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure", "regrow")
+SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
 
 
@@ -70,9 +71,7 @@ METHODS = {
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
     "rigl_itop": Method(methods.rigl_itop, ("every",)),
-    "dst_ee": Method(
-        methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init", "regrow")
-    ),
+    "dst_ee": Method(methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init")),
 }
 
 

@@ -1,6 +1,7 @@
-"""Convolutional networks in Flax NNX: VGG-19, ResNet-50 and a small one."""
+"""Networks in Flax NNX: the convolutional VGG-19, ResNet-50 and a small one; an MLP."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -117,6 +118,23 @@ class Small(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x.mean((1, 2)))
+
+
+class MLP(nnx.Module):
+    """Linear layers with a ReLU between them, on images (n, ...) as vectors."""
+
+    def __init__(self, inputs, widths, classes, *, dtype, rngs):
+        init = nnx.initializers.he_normal()
+        pairs = itertools.pairwise([inputs, *widths, classes])
+        self.layers = nnx.List(
+            [nnx.Linear(i, o, kernel_init=init, dtype=dtype, rngs=rngs) for i, o in pairs]
+        )
+
+    def __call__(self, x):
+        x = x.reshape(len(x), -1)
+        for layer in self.layers[:-1]:
+            x = nnx.relu(layer(x))
+        return self.layers[-1](x)
 
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {

@@ -19,6 +19,8 @@ import optax
 from experiments.training.arguments import program
 
 RESULTS = Path(__file__).parents[2] / "results"
+# Of each seed, in a record of several.
+OF_A_SEED = ("accuracy", "best_accuracy", "density", "R", "history")
 
 
 def _commit() -> str:
@@ -65,6 +67,25 @@ def append(path: Path, record: dict[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """All records of a file."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def find(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The last record of a file that has these settings; None without one, or without the file."""
+    wanted = json.loads(json.dumps(settings))  # tuples are lists in a record
+    runs = read(path) if path.exists() else []
+    same = [run for run in runs if wanted.items() <= run.items()]
+    return same[-1] if same else None
+
+
+def by_seed(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record of several seeds as a record of each, as tables take them."""
+    if "seeds" not in run:
+        return [run]
+    shared = {name: value for name, value in run.items() if name not in ("seeds", *OF_A_SEED)}
+    return [
+        shared | {"seed": seed} | {name: run[name][i] for name in OF_A_SEED}
+        for i, seed in enumerate(run["seeds"])
+    ]
 
 
 def mean_sd(values: Iterable[float], digits: int = 2) -> str:

@@ -7,10 +7,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
+
+from experiments.training import records
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -34,6 +37,16 @@ def check_same_command(args: argparse.Namespace, free: set[str]) -> None:
         raise SystemExit(
             f"error: the run in --work_dir had {was}: pass the same, or another --work_dir."
         )
+
+
+def record_once(args: argparse.Namespace, record: dict[str, Any]) -> None:
+    """Append the record of a run to `--results`; one that goes on in `--work_dir` only once."""
+    done = args.work_dir / "recorded" if args.work_dir else None
+    if done and done.exists():
+        return
+    records.append(args.results, record)
+    if done:
+        done.touch()
 
 
 def leave(error: Exception) -> None:
