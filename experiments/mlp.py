@@ -56,6 +56,12 @@ def axes(state: TrainState) -> TrainState:
     return TrainState(0, 0, dstee.seed_axes(state.opt_state), None)
 
 
+def active(tiles: Any) -> list[dstee.Tiles]:
+    """The tiles of each layer that has some, in order."""
+    nodes = jax.tree.leaves(tiles, is_leaf=lambda node: isinstance(node, dstee.Tiles))
+    return [node for node in nodes if isinstance(node, dstee.Tiles)]
+
+
 class Trainer:
     """A learner for each seed, made where `jax.vmap` runs over them.
 
@@ -66,6 +72,8 @@ class Trainer:
         """`shape`: of the images to train on."""
         self.args, (self.size, *image) = args, shape
         self.inputs = math.prod(image)
+        if args.tiles:
+            self.inputs += -self.inputs % args.tiles[0]
         self.steps_per_epoch = self.size // args.batch
         if not self.steps_per_epoch:
             raise ValueError(f"--batch {args.batch} is more than all {self.size} images.")
@@ -117,18 +125,34 @@ class Trainer:
     ) -> tuple[TrainState, jax.Array]:
         """The steps from `begin` to `end` of an epoch, all of one kind; sums of losses (seeds,)."""
 
-        def step(state, seed, index):
-            x, y = self.normalised(train[0][index]), train[1][index]
-            return self.learner(seed, state).step(state, x, y, mask_step)
+        tiles = None
+        if self.args.tiles and not mask_step:
+            tiles, state = self.in_tiles(state)
 
-        of_all = jax.vmap(step, in_axes=(axes(state), 0, 0), out_axes=(axes(state), 0))
+        def step(state, seed, index, *tiles):
+            x, y = self.normalised(train[0][index]), train[1][index]
+            learner = self.learner(seed, None if tiles else state)
+            return learner.step(state, x, y, mask_step, *map(active, tiles))
+
+        given = () if tiles is None else (tiles,)
+        places = (axes(state), 0, 0, *(0 for _ in given))
+        of_all = jax.vmap(step, in_axes=places, out_axes=(axes(state), 0))
 
         def ahead(i, carry):
             state, total = carry
-            state, loss = of_all(state, self.seeds, order[:, i])
+            state, loss = of_all(state, self.seeds, order[:, i], *given)
             return state, total + loss
 
-        return jax.lax.fori_loop(begin, end, ahead, (state, jnp.zeros(len(self.seeds))))
+        state, total = jax.lax.fori_loop(begin, end, ahead, (state, jnp.zeros(len(self.seeds))))
+        if tiles is not None:
+            state = state._replace(params=jax.vmap(dstee.to_dense)(state.params, tiles))
+        return state, total
+
+    def in_tiles(self, state: TrainState) -> tuple[Any, TrainState]:
+        """The tiles of all seeds, and the state with kernels as their rectangles."""
+        found = jax.vmap(dstee.tiles, in_axes=(dstee.seed_axes(state.opt_state), 0))
+        tiles = found(state.opt_state, state.params)
+        return tiles, state._replace(params=jax.vmap(dstee.to_tiles)(state.params, tiles))
 
     @functools.partial(jax.jit, static_argnums=0)
     def order(self, epoch: int) -> jax.Array:
@@ -181,7 +205,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         **{name: getattr(args, name) for name in named},
         "split": "validation" if args.validation else "test",
         "model": "mlp " + "-".join(map(str, args.widths)),
-        "options": given_options(args, "bf16"),
+        "options": given_options(args, "bf16") | ({"tiles": args.tiles} if args.tiles else {}),
     }
 
 
@@ -210,6 +234,11 @@ def row_of(losses: jax.Array, measured: Any, images: int) -> dict[str, list[floa
         raise FloatingPointError(f"the losses of the seeds are {losses}: lower --learning_rate.")
     values = {"loss": losses, "accuracy": 100 * hits / images, "density": density, "R": explored}
     return {name: np.round(np.float64(x), 6).tolist() for name, x in values.items()}
+
+
+def step_ms(rows: list[dict[str, Any]], steps: int) -> float:
+    """Milliseconds of a step of all seeds: the fastest epoch's, the first left out if it can be."""
+    return round(1e3 * min(row["seconds"] for row in rows[1:] or rows) / steps, 2)
 
 
 def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
@@ -245,6 +274,7 @@ def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
         **{name: rows[-1][name] for name in ("accuracy", "density", "R")},
         "best_accuracy": curves[..., 0].max(1).tolist(),
         "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "step_ms": step_ms(rows, trainer.steps_per_epoch),
         "history": curves.tolist(),
     }
 
@@ -264,6 +294,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(sparsity=0.98, rescale=True)
     add("--validation", type=int, default=0, help="training images to evaluate on, from the end")
     add("--data_dir", default="~/tensorflow_datasets")
+    add("--tiles", type=at_least_one, nargs="+", help="of active weights: N for N x N, or two")
     add("--note", help="what the record says of the data, as 'CIFAR-10 (JPEG q75)'")
     add("--work_dir", type=Path, help="of checkpoints; the same command goes on from the last")
     add("--results", type=Path, default=records.RESULTS / "mlp.jsonl")
@@ -282,6 +313,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.distribution == "uniform_first_dense":
         parser.error("--distribution uniform_first_dense is for images: pass erk or uniform.")
+    if args.tiles:
+        args.tiles = tuple(args.tiles) * (3 - len(args.tiles))
+        having = [name for name, of in METHODS.items() if "structure" in of.options]
+        if len(args.tiles) != 2 or args.structure or args.method not in having:
+            parser.error(
+                f"--tiles {args.tiles} must be one or two sizes, without --structure, and the "
+                f"method one of {', '.join(having)}."
+            )
+        if any(width % size for width in args.widths for size in args.tiles):
+            parser.error(f"--tiles {args.tiles} must divide all --widths {args.widths}.")
     if args.method == "dense":
         args.sparsity = 0.0
     return args

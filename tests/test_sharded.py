@@ -94,7 +94,7 @@ def test_the_counts_of_all_leaves_travel_together(axis_type):
     """One search for what is dropped and one for what grows, whatever the number of leaves."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(axis_type,))
     found = []
-    for leaves in (3, 24):
+    for leaves in (2, 10):
         with jax.set_mesh(mesh):
             spec = NamedSharding(mesh, P("fsdp"))
             params = {

@@ -139,6 +139,7 @@ class Learner:
             key=jax.random.fold_in(self.key, 1),
             selection=selection,
             indices=args.sparse_allreduce,
+            tiles=getattr(args, "tiles", None),
             **given_options(args),
         )
         self.tx = optax.with_extra_args_support(inner)
@@ -181,17 +182,16 @@ class Learner:
             params = soft_threshold.init(params, start=THRESHOLD_START)
         opt_state = self.tx.init(params)
         if dstee.get_states(opt_state):
-            masks = dstee.get_state(opt_state).masks
-            params = dstee.rescale(params, masks) if self.rescale else params
-            params = dstee.apply_masks(params, masks)
+            params = dstee.rescale(params, opt_state) if self.rescale else params
+            params = dstee.apply_masks(params, opt_state)
         return TrainState(params, stats, opt_state, jnp.zeros((), jnp.int32))
 
-    def _grads(self, state: TrainState, x: jax.Array, y: jax.Array) -> Any:
+    def _grads(self, state: TrainState, x: jax.Array, y: jax.Array, *tiles: Any) -> Any:
         """((loss, statistics), gradient) on normalised images and labels."""
 
         def loss_fn(params):
             model = nnx.merge(self.train_def, model_params(params), state.stats, copy=True)
-            logits = model(x).astype(jnp.float32)
+            logits = model(x, *tiles).astype(jnp.float32)
             targets = jax.nn.one_hot(y, logits.shape[-1])
             targets = optax.smooth_labels(targets, self.label_smoothing)
             loss = optax.softmax_cross_entropy(logits, targets).mean()
@@ -205,15 +205,15 @@ class Learner:
         return self._grads(state, x, y)[1]
 
     def step(
-        self, state: TrainState, x: jax.Array, y: jax.Array, mask_step: bool
+        self, state: TrainState, x: jax.Array, y: jax.Array, mask_step: bool, *tiles: Any
     ) -> tuple[TrainState, jax.Array]:
         """One step on normalised images (n, h, w, 3) and labels (n,); the new state, the loss.
 
         `mask_step`: whether it is one of `mask_steps`; the program of the others has no mask
-        update in it.
+        update in it. `tiles`: those of the parameters, if these are in tiles; for the model.
         """
         if self.axis is None:
-            (loss, stats), grads = self._grads(state, x, y)
+            (loss, stats), grads = self._grads(state, x, y, *tiles)
         else:  # one device's part of the batch
             mine = state._replace(params=jax.lax.pcast(state.params, self.axis, to="varying"))
             (loss, stats), grads = self._grads(mine, x, y)

@@ -1,5 +1,6 @@
 """Methods by the names that the command lines take, and what each needs from a trainer."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,13 +86,15 @@ def optimizer(
     masks: Any = None,
     selection: str = "auto",
     indices: bool = False,
+    tiles: Sequence[int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` made sparse by the method of that name; `inner` alone for 'dense'.
 
     Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
     are for all. `masks` are those of `first_masks`; `selection` and `indices` are
-    `dstee.transform`'s.
+    `dstee.transform`'s. `tiles`: of active weights, for kernels that they divide; the others
+    stay dense, and moments are packed.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
@@ -103,8 +106,17 @@ def optimizer(
             options[name] = named[options[name]]
     if masks is None:
         options["sparsity"] = sparsity
+    if tiles is not None:
+        options |= {"structure": structures.tiles(tuple(tiles)), "packed": True}
+        options["where"] = functools.partial(_divided, tiles)
     options |= {"masks": masks, "selection": selection, "indices": indices}
     return factory(inner, total_steps=total_steps, key=key, **options)
+
+
+def _divided(tiles: Sequence[int], path: Any, leaf: Any) -> bool:
+    """`where` of kernels that tiles divide."""
+    sizes = zip(leaf.shape[-2:], tiles, strict=False)
+    return dstee.kernels(path, leaf) and not any(n % size for n, size in sizes)
 
 
 def mask_steps(method: str, tx: optax.GradientTransformation) -> Sequence[int]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import dstee_jax as dstee
+
 _he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -121,20 +123,34 @@ class Small(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Linear layers with a ReLU between them, on images (n, ...) as vectors."""
+    """Linear layers with a ReLU between them, on images (n, ...) as vectors.
+
+    Images of fewer values than `inputs` are padded with zeros.
+    """
 
     def __init__(self, inputs, widths, classes, *, dtype, rngs):
         init = nnx.initializers.he_normal()
+        self.inputs = inputs
         pairs = itertools.pairwise([inputs, *widths, classes])
         self.layers = nnx.List(
             [nnx.Linear(i, o, kernel_init=init, dtype=dtype, rngs=rngs) for i, o in pairs]
         )
 
-    def __call__(self, x):
+    def __call__(self, x, tiles=None):
+        """`tiles`: `dstee.Tiles` of each layer but the last, whose kernels then are rectangles."""
         x = x.reshape(len(x), -1)
-        for layer in self.layers[:-1]:
-            x = nnx.relu(layer(x))
+        x = jnp.pad(x, ((0, 0), (0, self.inputs - x.shape[-1])))
+        for layer, at in zip(self.layers[:-1], tiles or [None] * len(self.layers), strict=False):
+            y = layer(x) if at is None else linear(x, layer, at)
+            x = nnx.relu(y)
         return self.layers[-1](x)
+
+
+def linear(x, layer, tiles):
+    """An `nnx.Linear` whose kernel is in tiles."""
+    kernel, bias = layer.kernel.get_value(), layer.bias.get_value()
+    x, kernel, bias = (a.astype(layer.dtype) for a in (x, kernel, bias))
+    return dstee.matmul(x, kernel, tiles) + bias
 
 
 MODELS: dict[str, Callable[..., nnx.Module]] = {

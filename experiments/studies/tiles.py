@@ -1,0 +1,89 @@
+"""What tiles cost in accuracy, and what they save in time: MNIST, an MLP with layers of 1024.
+
+    python -m experiments.studies.tiles --data_dir DIR --epochs 5
+
+Free masks, and tiles of 8 x 8, 16 x 16, 32 x 32 and 1 x 32, at 90 and 95%, with DST-EE, RigL and
+static masks; 3 seeds of a run at once. A queue of `experiments.mlp` runs that skips what is
+recorded in results/tiles.jsonl, so that it can be stopped and continued; `--minutes` stops it by
+itself. Then prints a table, of accuracy and of the time of a step without the first epoch, in
+which programs are compiled. `--table FILE` prints a file of records again. About 25 minutes on 2
+CPU cores at 5 epochs.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments import mlp
+from experiments.training import records
+from experiments.training.arguments import Parser, at_least_one
+from experiments.training.runs import record_once
+
+TILES: tuple[tuple[int, ...], ...] = ((), (32, 32), (1, 32), (16, 16), (8, 8))
+METHODS = ("dst_ee", "rigl", "static")
+SPARSITIES = (0.9, 0.95)
+
+
+def settings(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of every run, in the order of the queue."""
+    runs = []
+    for sparsity, tiles, method in itertools.product(SPARSITIES, TILES, METHODS):
+        words = [f"--method={method}", f"--sparsity={sparsity}", f"--epochs={args.epochs}"]
+        words += [f"--results={args.results}", f"--data_dir={args.data_dir}", "--quiet"]
+        words += ["--widths", "1024", "1024", "--seeds", *map(str, range(args.seeds))]
+        runs.append(mlp.parse([*words, *(["--tiles", *map(str, tiles)] if tiles else [])]))
+    return runs
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """A row for each tile: accuracy of each method, and the time of a step of all seeds."""
+    lines = []
+    for (sparsity, epochs), rows in records.group(runs, "sparsity", "epochs").items():
+        seeds = len(rows[0]["seeds"])
+        lines.append(f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds, test accuracy (%)\n")
+        lines.append(f"| tiles | {' | '.join(METHODS)} | ms a step of {seeds} seeds |")
+        lines.append("| --- |" + " --- |" * (len(METHODS) + 1))
+        for tiles in TILES:
+            mine = [run for run in rows if tuple(run["options"].get("tiles", ())) == tiles]
+            by_method = {run["method"]: run for run in mine}
+            cells = [
+                records.mean_sd(by_method[name]["accuracy"]) if name in by_method else "–"
+                for name in METHODS
+            ]
+            took = [run["step_ms"] for run in mine]
+            shown = f"{statistics.median(took):.1f}" if took else "–"
+            name = " x ".join(map(str, tiles)) or "free"
+            lines.append(f"| {name} | {' | '.join(cells)} | {shown} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--epochs", type=at_least_one, default=5)
+    add("--seeds", type=at_least_one, default=3)
+    add("--minutes", type=float, default=float("inf"), help="no run begins after so many")
+    add("--data_dir", default="~/tensorflow_datasets")
+    add("--results", type=Path, default=records.RESULTS / "tiles.jsonl")
+    add("--table", type=Path, help="print this file of records, and train nothing")
+    args = parser.parse_args(argv)
+    if args.table is None:
+        begin, queue = time.monotonic(), settings(args)
+        left = [run for run in queue if records.find(args.results, mlp.settings(run)) is None]
+        arrays = mlp.load(queue[0]) if left else None
+        for i, run in enumerate(left):
+            if time.monotonic() - begin > 60 * args.minutes:
+                print(f"{len(left) - i} runs are left: the same command goes on with them.")
+                break
+            record_once(run, mlp.run(run, arrays))
+    runs = records.read(args.table or args.results)
+    print(table([run for run in runs if "step_ms" in run]))
+
+
+if __name__ == "__main__":
+    main()
