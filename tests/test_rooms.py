@@ -47,7 +47,7 @@ FLOORS = {
     ],
     "experiments": [
         ["data", "training"],
-        ["cifar", "imagenet", "linkpred", "lm", "quickstart"],
+        ["cifar", "imagenet", "linkpred", "lm", "mlp", "quickstart"],
         ["studies"],
         ["report"],
         ["__init__"],
