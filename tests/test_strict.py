@@ -129,6 +129,9 @@ def make(factory, options, kind):
     return factory(optax.sgd(0.1) if inner == "sgd" else inner, **settings)
 
 
+RUN = ("dst_ee", "snfs", "packed", "tiles", "threshold")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_steps(name):
     with x64():
@@ -148,12 +151,15 @@ def test_steps(name):
         def by_apply(params, state):
             return dstee.apply(tx, params, state, params, **dict.fromkeys(extra, params))
 
+        # What promotes wrongly does so when it is traced; compiling all of them takes minutes.
         for step in (by_update, by_apply):
-            new, after = params, state
-            for _ in range(3):
-                new, after = step(new, after)
+            new, after = jax.eval_shape(step, params, state)
             assert jax.tree.map(jnp.result_type, after) == types
             assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, params)
+        if name in RUN:
+            new, after = params, state
+            for _ in range(3):
+                new, after = by_update(new, after)
             assert int(dstee.get_state(after).count) == 3
             jax.tree.map(np.testing.assert_array_equal, dstee.apply_masks(new, after), new)
 
