@@ -104,7 +104,7 @@ def transform(
         scores find it in `leaf.rule_state`.
       penalty: a function of a leaf, as a score is, added to the gradient of active weights
         before it reaches `inner`: the gradient of a regulariser, or noise. Needs `inner`.
-      structure: which masks are allowed, as `structures.n_m(2, 4)`; default any. Needs the
+      structure: which masks are allowed, as `structures.tiles((32, 32))`; default any. Needs the
         default plan.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
         `exploration_degree` does not see the first mask).

@@ -28,6 +28,9 @@ def apply(
     programs, that of ordinary steps without a conditional in it: with `mask_step` a static
     argument of its jitted step.
 
+    With `structures.tiles` and `packed=True`, parameters and gradients of steps that are not in
+    `dstee.dense_steps_of(tx)` may be rectangles of their active tiles (`dstee.to_tiles`).
+
     Inactive parameters must be zero, as `apply_masks` and every step leave them; `tx.update`
     makes them zero whatever they were, `apply` does not look at them.
 
