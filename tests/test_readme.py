@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+import dstee_jax as dstee
+
 README = Path(__file__).parent.parent / "README.md"
 SUFFIXES = (".py", ".md", ".txt", ".ipynb")
 
@@ -61,3 +63,34 @@ def test_blocks_of_the_methods_page_run():
     params = {"kernel": jnp.ones((16, 8))}
     assert int(namespace["two_in_four"].init(params).masks["kernel"].sum()) == 64
     assert int(namespace["momentum_gmp"].init(params).masks["kernel"].sum()) == 64
+
+
+def test_blocks_of_the_speed_page_run(capsys):
+    page = README.parent / "docs" / "speed.md"
+    pays, training, comparison = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    small = {
+        "(256, 1024)": "(8, 64)",
+        "(1024, 1024)": "(64, 64)",
+        "(32, 32)": "(8, 8)",
+        "1024, 256, 32, 400, 100": "64, 32, 4, 160, 40",
+        "sparsity=0.9,": "sparsity=0.75,",
+    }
+    assert all(as_printed in pays + training for as_printed in small)
+    namespace = {}
+    for block in (pays, training, comparison):
+        for as_printed, here in small.items():
+            block = block.replace(as_printed, here)
+        exec(compile(block, str(page), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "speedup=" in printed
+    assert "times as fast, mask steps included" in printed
+    losses = re.findall(r"(\w+)_step: loss ([\d.]+) to ([\d.]+), [\d.]+ ms a step", printed)
+    assert [name for name, _, _ in losses] == ["tiled", "dense"]
+    assert all(float(last) < 0.8 * float(first) for _, first, last in losses)
+    state = namespace["opt_state"]
+    assert float(dstee.density(state)) == 0.25
+    for layer, rectangle in zip(state.masks, namespace["tiled"], strict=True):
+        assert layer["kernel"].sum(0).tolist() == [4] * 16
+        assert rectangle["kernel"].shape == (16, 4 * 4, 4)
+    assert int(state.counters[0]["kernel"].max()) > 1  # masks moved, and some tiles stayed
+    assert namespace["dense_steps"] == {40, 80, 120}
