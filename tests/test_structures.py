@@ -19,7 +19,7 @@ CASES = {
     "2:4": (structures.n_m(2, 4), 0.5, dstee.uniform),
     "1:8 of outputs": (structures.n_m(1, 8, axis=-1), 0.875, dstee.uniform),
     "tiles": (structures.tiles((4, 2)), 0.7, dstee.erk),
-    "channels": (structures.tiles((2, 1)), 0.8, dstee.erk),
+    "channels": (structures.tiles((2, 1)), 0.5, dstee.erk),
     "fan-in": (structures.constant_fan_in(), 0.8, dstee.erk),
 }
 
@@ -80,7 +80,8 @@ def test_structure_holds_while_weights_move(name, regrow, grow):
 def exchange(structure, mask, drop, grow, k, regrow=False):
     arrays = jnp.array(mask, bool), jnp.array(drop, float), jnp.array(grow, float)
     rule = Rule(None, None, None, structure, regrow, "new", "auto")
-    spec = LeafSpec(k, k, (1,) * arrays[0].ndim, ())
+    active = int(arrays[0].sum())
+    spec = LeafSpec(active, active, (1,) * arrays[0].ndim, ())
     row = Exchange(*arrays, spec.grid, k, None, k)
     if rule.searches_alone:
         return np.asarray(rule.exchange_alone(row, spec)).astype(int).tolist()
@@ -112,6 +113,22 @@ def test_one_exchange_by_hand():
     drop, grow = [[1, 0], [2, 5], [0, 4]], [[0, 6], [0, 0], [3, 0]]
     fan_in = structures.constant_fan_in()
     assert exchange(fan_in, mask, drop, grow, 2) == [[0, 1], [1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("structure", [structures.tiles((4, 4)), structures.constant_fan_in()])
+def test_no_unit_loses_all_its_weights(structure):
+    """A round that drops the only tile of each column, or the only input, would empty a layer."""
+    kernel = jax.random.normal(KEY, (16, 16))
+    options = {"total_steps": 40, "every": 4, "drop_fraction": 0.9, "key": KEY}
+    for sparsity in (0.5, 0.75, 15 / 16):
+        tx = dstee.transform(
+            optax.sgd(0.1), sparsity=sparsity, structure=structure, grow=scores.random(), **options
+        )
+        state, params = tx.init({"kernel": kernel}), {"kernel": kernel}
+        params = dstee.apply_masks(params, state)
+        for _ in range(4):
+            params, state = dstee.apply(tx, jax.tree.map(jnp.ones_like, params), state, params)
+        assert (params["kernel"] != 0).any(0).all()
 
 
 PARAMS = {"kernel": jnp.ones((6, 8))}

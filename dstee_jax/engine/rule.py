@@ -1,12 +1,13 @@
 """What a round does with a leaf."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dstee_jax.masks.counts import LeafSpec
+from dstee_jax.masks.counts import LeafSpec, total
 from dstee_jax.rules.plans import Plan
 from dstee_jax.rules.scores import Score
 from dstee_jax.rules.stacking import by_layer
@@ -62,7 +63,8 @@ class Rule:
         for i, axis in reversed(list(enumerate(spec.stack))):
             reduce = jax.vmap(reduce, in_axes=axis - i)  # layers come first
         stacked, layer = _layers(row.mask.shape, spec)
-        grid, k, k_max = parts(layer, _of_layers(row, spec), row.k_max)
+        active = total(spec.target) // math.prod(stacked)
+        grid, k, k_max = parts(layer, _of_layers(row, spec), row.k_max, active)
         k = k.reshape([n for n in (*stacked, *grid) if n > 1])
         return Exchange(*reduce(*row[:3]), (*stacked, *grid), k, None, k_max)
 

@@ -230,6 +230,12 @@ def check_parts(
             continue
         cut = cut_axes(spec.grid)
         placed = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else ()
+        tiled = structure is not None and bool(structure.tile)
+        if tiled and any(name is not None for name in placed):
+            raise ValueError(
+                f"{path_name(path)} is split over mesh axes {placed}, and tiles are of whole "
+                "kernels: replicate it, or leave structure= out."
+            )
         if indices and any(name is not None and i not in cut for i, name in enumerate(placed)):
             raise ValueError(
                 f"{path_name(path)} is split over mesh axes {placed}: packed=True and indices=True "
@@ -245,7 +251,7 @@ def check_parts(
                 f"{path_name(path)} is cut into {spec.grid} blocks, which structure= does not "
                 "respect: leave blocks= out."
             )
-        if structure is not None and structure.tile and spec.stack != (*range(len(spec.stack)),):
+        if tiled and spec.stack != (*range(len(spec.stack)),):
             raise ValueError(
                 f"{path_name(path)} stacks layers along axes {spec.stack}: with tiles they must be "
                 "the first ones."

@@ -30,9 +30,9 @@ class Structure(NamedTuple):
       random_mask: `(key, shape, count) -> mask`, uniformly at random, as the state keeps it.
       fits: `mask -> bool`, whether a concrete mask has the structure.
       reduce: `(mask, drop_score, grow_score) -> the same of what is exchanged`, as tiles.
-      parts: `(shape, k, k_max) -> (grid, k, k_max)`: into how many parts each axis of what was
-        reduced is cut, and how many entries of a part change places so that about k weights do;
-        k gets an axis for each axis of more than one part.
+      parts: `(shape, k, k_max, active) -> (grid, k, k_max)`: into how many parts each axis of
+        what was reduced is cut, and how many entries of a part change places so that about k of
+        the active weights do, never all; k gets an axis for each axis of more than one part.
       expand: `(mask, shape) -> mask`: the leaf's mask from that of what was reduced.
       step: `shape -> n`: counts of that shape are multiples of n; None if there is one alone.
       tile: (inputs, outputs) of a tile, if masks and counters are kept for tiles; else ().
@@ -44,7 +44,7 @@ class Structure(NamedTuple):
     random_mask: Callable[[jax.Array, Shape, int], jax.Array]
     fits: Callable[[np.ndarray], bool]
     reduce: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
-    parts: Callable[[Shape, jax.Array, int], tuple[Grid, jax.Array, int]] | None = None
+    parts: Callable[[Shape, jax.Array, int, int], tuple[Grid, jax.Array, int]] | None = None
     expand: Callable[[jax.Array, Shape], jax.Array] | None = None
     exchange: Callable[..., jax.Array] | None = None
     step: Callable[[Shape], int] | None = None
@@ -180,9 +180,9 @@ def tiles(
     def reduce(mask, drop_score, grow_score):
         return of_tiles(mask, jnp.any), of_tiles(drop_score, score), of_tiles(grow_score, score)
 
-    def parts(shape: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
+    def parts(shape: Shape, k: jax.Array, k_max: int, active: int) -> tuple[Grid, jax.Array, int]:
         *ones, _, columns = kept(shape)
-        k = _shared(k, step(shape))
+        k = _shared(k, step(shape), active)
         if columns > 1:
             k = jnp.broadcast_to(k[..., None], (*k.shape, columns))
         return (*ones, 1, columns), k, -(-k_max // step(shape))
@@ -231,11 +231,11 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
         bits = jax.random.bits(key, (fan_in, n), jnp.uint32).T
         return back(jax.vmap(lambda b: largest_bits([b], jnp.uint32(wanted // n))[0])(bits), shape)
 
-    def parts(shape: Shape, k: jax.Array, k_max: int) -> tuple[Grid, jax.Array, int]:
+    def parts(shape: Shape, k: jax.Array, k_max: int, active: int) -> tuple[Grid, jax.Array, int]:
         n = units.output_units(shape, output_axis)
         inputs = units.input_axes(shape, output_axis)
         grid = tuple(1 if axis in inputs else n for axis in range(len(shape)))
-        k = _shared(k, n)
+        k = _shared(k, n, active)
         return grid, jnp.broadcast_to(k[..., None], (*k.shape, n)) if n > 1 else k, -(-k_max // n)
 
     def fits(mask: np.ndarray) -> bool:
@@ -251,7 +251,11 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
     return Structure(count, random_mask, fits, same, parts, lambda mask, _: mask, step=step)
 
 
-def _shared(k: Any, parts: int) -> jax.Array:
-    """k // parts, at least 1 while k is above 0."""
+def _shared(k: Any, parts: int, active: int) -> jax.Array:
+    """k // parts, at least 1 while k is above 0; but a part never loses all that it has.
+
+    What grows starts at zero: a unit that lost all its weights would be dead, and with every unit
+    the layer.
+    """
     k = jnp.asarray(k, jnp.int32)
-    return jnp.where(k > 0, jnp.maximum(k // parts, 1), 0)
+    return jnp.where(k > 0, jnp.clip(k // parts, 1, max(active // parts - 1, 0)), 0)
