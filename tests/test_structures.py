@@ -18,7 +18,7 @@ KEY = jax.random.key(0)
 CASES = {
     "2:4": (structures.n_m(2, 4), 0.5, dstee.uniform),
     "1:8 of outputs": (structures.n_m(1, 8, axis=-1), 0.875, dstee.uniform),
-    "tiles": (structures.tiles((4, 2)), 0.7, dstee.erk),
+    "tiles": (structures.tiles((2, 4)), 0.5, dstee.erk),
     "channels": (structures.tiles((2, 1)), 0.5, dstee.erk),
     "fan-in": (structures.constant_fan_in(), 0.8, dstee.erk),
 }
@@ -32,7 +32,7 @@ def has_structure(name, mask):
     if name == "1:8 of outputs":
         return all((flat[..., i : i + 8].sum(-1) == 1).all() for i in range(0, flat.shape[2], 8))
     if name in ("tiles", "channels"):
-        inputs, outputs = (4, 2) if name == "tiles" else (2, 1)
+        inputs, outputs = (2, 4) if name == "tiles" else (2, 1)
         rows, columns = range(0, flat.shape[1], inputs), range(0, flat.shape[2], outputs)
         parts = [[flat[:, i : i + inputs, j : j + outputs] for i in rows] for j in columns]
         whole = all(p.all() == p.any() for column in parts for p in column)
