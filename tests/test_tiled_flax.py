@@ -154,7 +154,7 @@ def test_nnx_forms_go_through_split_jit_and_back(both):
     np.testing.assert_array_equal(y, model(X))
     set_dense(model)
     set_dense(model)
-    jax.tree.map(np.testing.assert_array_equal, unwrap(before), unwrap(nnx.state(model)))
+    jax.tree.map(np.testing.assert_array_equal, unwrap(before), unwrap(nnx.state(model, nnx.Param)))
 
 
 def test_nnx_linear_is_that_of_flax():
