@@ -25,7 +25,8 @@ class Linear(nnx.Linear):
     """`nnx.Linear` whose kernel is dense, or the rectangle of its active tiles.
 
     `set_tiles` and `set_dense` change the form. Split the model as `nnx.split(model, nnx.Param,
-    TileIndex)`; in `nnx.scan` and `nnx.vmap` the tiles are stacked along axis 0, as kernels are.
+    TileIndex)`, and in a function that `jax.grad` takes merge it with `copy=True`. In `nnx.scan`
+    and `nnx.vmap` the tiles are stacked along axis 0, as kernels are.
 
     Args:
       in_features, out_features: of the dense kernel (inputs, outputs), as it is made.

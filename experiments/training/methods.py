@@ -86,13 +86,14 @@ def optimizer(
     masks: Any = None,
     selection: str = "auto",
     indices: bool = False,
+    tiles: int | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` made sparse by the method of that name; `inner` alone for 'dense'.
 
     Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
     are for all. `masks` are those of `first_masks`; `selection` and `indices` are
-    `dstee.transform`'s.
+    `dstee.transform`'s. `tiles` is the side of the tiles that weights are active in, if any.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
@@ -105,6 +106,8 @@ def optimizer(
     if masks is None:
         options["sparsity"] = sparsity
     options |= {"masks": masks, "selection": selection, "indices": indices}
+    if tiles is not None:
+        options |= {"structure": structures.tiles((tiles, tiles)), "packed": True}
     return factory(inner, total_steps=total_steps, key=key, **options)
 
 
