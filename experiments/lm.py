@@ -9,6 +9,16 @@ have the layers as their first: `stack_axes` of `dstee.transform` tells these fr
 axes. Embeddings and head stay dense. AdamW with warm-up, cosine and clipping, a mask update
 every 50 steps.
 
+With `--tiles N` the weights of the blocks are active in tiles of N x N (`structures.tiles`), and
+on all steps but mask steps the kernels, their gradients and moments are the active tiles alone
+(`dstee_jax.tiled_nnx`). Attention kernels then are matrices. Each column of tiles of a kernel
+has as many active tiles, at least one: keep N small against the width, and look at the density.
+
+    python -m experiments.lm --width 512 --heads 8 --tiles 32
+
+With `--work_dir DIR` the same command, started again, goes on from its last checkpoint there
+(one at each evaluation), bit for bit.
+
 Perplexity is exp of the mean negative log-likelihood of a byte (uniform: 256), over a whole
 part of the text cut into windows side by side, every byte counted once; a byte is predicted
 from the bytes before it in its window and one before that. Each run appends a line to
@@ -36,9 +46,11 @@ from flax import nnx
 from rich.console import Console
 
 import dstee_jax as dstee
+from dstee_jax.tiled_nnx import Linear, TileIndex, set_dense, set_tiles
 from experiments.data import text as texts
 from experiments.training import records
-from experiments.training.arguments import Parser
+from experiments.training.arguments import Parser, at_least_one
+from experiments.training.checkpoints import Checkpoints
 from experiments.training.learner import (
     add_method_options,
     check_method_options,
@@ -46,6 +58,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import mask_steps, measures, optimizer
 from experiments.training.models import count_weights
+from experiments.training.runs import check_same_command
 
 # Methods that keep the count of every layer, as stacked layers ask for.
 METHODS = ("dense", "static", "set", "set_itop", "mest", "rigl", "rigl_itop", "dst_ee")
@@ -53,20 +66,39 @@ VOCABULARY = 256
 EVALUATIONS = 5  # on the validation part, over a training
 
 
+class Attention(nnx.Module):
+    """`nnx.MultiHeadAttention` with matrices as kernels, which can be cut in tiles."""
+
+    def __init__(self, heads: int, width: int, *, out_kernel_init: Any, **options: Any):
+        linear = functools.partial(Linear, width, width, use_bias=False, **options)
+        self.heads = heads
+        self.query, self.key, self.value = linear(), linear(), linear()
+        self.out = linear(kernel_init=out_kernel_init)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array) -> jax.Array:
+        heads = (*x.shape[:-1], self.heads, -1)
+        parts = [layer(x).reshape(heads) for layer in (self.query, self.key, self.value)]
+        return self.out(nnx.dot_product_attention(*parts, mask=mask).reshape(x.shape))
+
+
 class Block(nnx.Module):
     """Causal attention, then two dense layers, each behind a norm and beside a residual."""
 
-    def __init__(self, layers: int, width: int, heads: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, layers: int, width: int, heads: int, *, tiled: bool, dtype: Any, rngs: nnx.Rngs
+    ):
         options = {"dtype": dtype, "rngs": rngs}
+        linear = Linear if tiled else nnx.Linear
         # All 2 * layers branches of the network together add a variance of about 1.
         last = nnx.initializers.variance_scaling(1 / (2 * layers), "fan_in", "truncated_normal")
         self.attention_norm = nnx.RMSNorm(width, **options)
-        self.attention = nnx.MultiHeadAttention(
-            heads, width, use_bias=False, decode=False, out_kernel_init=last, **options
-        )
+        attention = Attention
+        if not tiled:
+            attention = functools.partial(nnx.MultiHeadAttention, use_bias=False, decode=False)
+        self.attention = attention(heads, width, out_kernel_init=last, **options)
         self.norm = nnx.RMSNorm(width, **options)
-        self.up = nnx.Linear(width, 4 * width, **options)
-        self.down = nnx.Linear(4 * width, width, kernel_init=last, **options)
+        self.up = linear(width, 4 * width, **options)
+        self.down = linear(4 * width, width, kernel_init=last, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), mask=nnx.make_causal_mask(x[..., 0]))
@@ -74,15 +106,26 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Bytes (n, length) to logits of the byte after each, (n, length, 256) in float32."""
+    """Bytes (n, length) to logits of the byte after each, (n, length, 256) in float32.
+
+    `tiled`: whether the kernels of the blocks may be in tiles, by `set_tiles`.
+    """
 
     def __init__(
-        self, layers: int, width: int, heads: int, length: int, *, dtype: Any, rngs: nnx.Rngs
+        self,
+        layers: int,
+        width: int,
+        heads: int,
+        length: int,
+        *,
+        tiled: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=layers)
         @nnx.vmap
         def stacked(rngs):
-            return Block(layers, width, heads, dtype=dtype, rngs=rngs)
+            return Block(layers, width, heads, tiled=tiled, dtype=dtype, rngs=rngs)
 
         normal = nnx.initializers.normal(0.3)
         self.embedding = nnx.Embed(VOCABULARY, width, embedding_init=normal, dtype=dtype, rngs=rngs)
@@ -135,10 +178,12 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
     key, rng = jax.random.key(seed), np.random.default_rng(seed)
     model = Transformer(
         *(args.layers, args.width, args.heads, args.length),
+        tiled=args.tiles is not None,
         dtype=jnp.bfloat16 if args.bf16 else jnp.float32,
         rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
     )
-    graph, params = nnx.split(model)
+    graph, params, tiles = nnx.split(model, nnx.Param, TileIndex)
+    shapes = jax.eval_shape(lambda: params)
     warmup = max(args.steps // 20, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
     options = given_options(args)
@@ -152,65 +197,92 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         key=jax.random.fold_in(key, 1),
         where=in_blocks,
         stack_axes=stack_axes,
+        tiles=(args.tiles, args.tiles) if args.tiles else None,
         **options,
     )
     rounds = mask_steps(args.method, tx)
+    dense_steps = dstee.dense_steps_of(tx) if args.tiles else ()
     opt_state = jax.jit(tx.init)(params)
     if dstee.get_states(opt_state):
-        masks = dstee.get_state(opt_state).masks
-        params = dstee.rescale(params, masks) if args.rescale else params
-        params = dstee.apply_masks(params, masks)
+        params = dstee.rescale(params, opt_state) if args.rescale else params
+        params = dstee.apply_masks(params, opt_state)
 
-    def predict(params, inputs):
-        return nnx.merge(graph, params)(inputs)
+    @functools.partial(jax.jit, static_argnums=0)
+    def changed(form, params, tiles, *opt_state):
+        model = nnx.merge(graph, params, tiles)
+        form(model, *opt_state)
+        return nnx.split(model, nnx.Param, TileIndex)[1:]
 
-    @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
-    def step(params, opt_state, tokens, mask_step):
+    def predict(params, tiles, inputs):
+        return nnx.merge(graph, params, tiles, copy=True)(inputs)
+
+    @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 2))
+    def step(params, tiles, opt_state, tokens, mask_step):
         def loss_of(params):
-            return losses(predict(params, tokens[:, :-1]), tokens[:, 1:]).mean()
+            return losses(predict(params, tiles, tokens[:, :-1]), tokens[:, 1:]).mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         params, opt_state = dstee.apply(tx, grads, opt_state, params, mask_step=mask_step)
         return params, opt_state, loss
 
     @jax.jit
-    def total_loss(params, inputs, targets, counted):
-        return jnp.sum(losses(predict(params, inputs), targets), where=counted)
+    def total_loss(network, inputs, targets, counted):
+        return jnp.sum(losses(predict(*network, inputs), targets), where=counted)
 
     evaluate = functools.partial(perplexity, total_loss, length=args.length, batch=args.batch)
-    print_(f"{args.method}, seed {seed}: {count_weights(params):,} parameters")
-    history, window = [], np.arange(args.length + 1)
+    print_(f"{args.method}, seed {seed}: {count_weights(shapes):,} parameters")
+    history, window, first = [], np.arange(args.length + 1), 0
+    named = ("method", "sparsity", "tiles", "steps", "batch", "length", "layers", "width", "heads")
+    named += ("learning_rate", "weight_decay", "rescale", "bf16")
+    settings = {**{name: getattr(args, name) for name in named}, "seed": seed}
+    if args.tiles:
+        params, tiles = changed(set_tiles, params, tiles, opt_state)
+    if args.work_dir:
+        own = settings | options | {"text": texts.describe(text)["sha256"]}
+        args.work_dir.mkdir(parents=True, exist_ok=True)
+        check_same_command(argparse.Namespace(work_dir=args.work_dir, **own), {"work_dir"})
+        store = Checkpoints(args.work_dir, keep=True)
+        if first := store.latest() or 0:
+            (params, tiles, opt_state), notes = store.restore((params, tiles, opt_state))
+            history, begin = notes["history"], begin - notes["seconds"]
     for i in range(1, args.steps + 1):
         starts = rng.integers(0, len(text.train) - args.length, args.batch)
+        if i <= first:
+            continue
         tokens = text.train[starts[:, None] + window].astype(np.int32)
-        params, opt_state, loss = step(params, opt_state, tokens, mask_step=i in rounds)
+        if i in dense_steps:
+            params, tiles = changed(set_dense, params, tiles)
+        params, opt_state, loss = step(params, tiles, opt_state, tokens, mask_step=i in rounds)
+        if i in dense_steps:
+            params, tiles = changed(set_tiles, params, tiles, opt_state)
         if i % max(args.steps // EVALUATIONS, 1) == 0 or i == args.steps:
             if not np.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
                 )
-            density, explored = map(float, measures(params, opt_state))
-            history.append([i, round(evaluate(params, text.validation), 4), round(explored, 4)])
+            explored = float(measures(params, opt_state)[1])
+            found = evaluate((params, tiles), text.validation)
+            history.append([i, round(found, 4), round(explored, 4)])
             seconds = time.perf_counter() - begin
             print_(
                 f"step {i}/{args.steps}  loss {loss:.3f}  validation perplexity "
                 f"{history[-1][1]:.3f}  R {explored:.3f}  {seconds:.0f} s"
             )
-    test = evaluate(params, text.test)
+            if args.work_dir:
+                notes = {"history": history, "seconds": seconds}
+                store.save(i, (params, tiles, opt_state), notes)
+    test = evaluate((params, tiles), text.test)
     print_(f"test perplexity {test:.3f}")
     if dstee.get_states(opt_state):
-        print_(dstee.summary(opt_state, params))
-    named = ("method", "sparsity", "steps", "batch", "length", "layers", "width", "heads")
-    named += ("learning_rate", "weight_decay", "rescale", "bf16")
+        print_(dstee.summary(opt_state, shapes))
     return {
-        **{name: getattr(args, name) for name in named},
-        "seed": seed,
+        **settings,
         "data": args.note or ("files" if args.text else "Python's documentation"),
         "text": texts.describe(text),
         "options": options,
         "perplexity": round(test, 4),
         "validation_perplexity": history[-1][1],
-        "density": round(density, 6),
+        "density": round(float(measures(params, opt_state)[0]), 6),
         "R": history[-1][2],
         "seconds": round(time.perf_counter() - begin, 1),
         "history": history,
@@ -221,14 +293,16 @@ def table(runs: list[dict]) -> str:
     """A table for each text and setting: one row a method, one column a sparsity."""
     lines = []
     settings = ("layers", "width", "heads", "length", "batch", "steps", "learning_rate")
-    settings += ("weight_decay", "rescale", "bf16", "data")
-    runs = [run | {"sha256": run["text"]["sha256"]} for run in runs]
+    settings += ("weight_decay", "rescale", "bf16", "tiles", "data")
+    runs = [{"tiles": None} | run | {"sha256": run["text"]["sha256"]} for run in runs]
     for (*setting, sha256), rows in records.group(runs, *settings, "sha256").items():
         sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"}) or [0.0]
         cells = records.group(rows, "method", "sparsity")
         seeds = sorted({len(cell) for cell in cells.values()})
         layers, width, *_ = setting
         rescaled = ", rescaled" if rows[0]["rescale"] else ""
+        if rows[0]["tiles"]:
+            rescaled += f", tiles of {rows[0]['tiles']} x {rows[0]['tiles']}"
         lines.append(
             f"{setting[-1]} ({sha256}), {layers} layers of width {width}{rescaled}, test "
             f"perplexity of a byte, {rows[0]['steps']} steps, {'/'.join(map(str, seeds))} seeds "
@@ -265,6 +339,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.01)
     add_method_options(parser)
     parser.set_defaults(sparsity=0.9, every=50)
+    add("--tiles", type=at_least_one, help="side of the tiles that weights are active in")
+    add("--work_dir", type=Path, help="of checkpoints: the same command again goes on from there")
     add("--note", help="what the record says of the text, as 'War and Peace'")
     add("--results", type=Path, default=records.RESULTS / "lm.jsonl")
     add("--table", type=Path, help="print the table of a file of records, and leave")
@@ -275,6 +351,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)} must be {least} or more.")
     if args.width < 1 or args.width % args.heads:
         parser.error(f"--width {args.width} must be a multiple of --heads {args.heads}.")
+    if args.tiles and args.width % args.tiles:
+        parser.error(f"--width {args.width} must be a multiple of --tiles {args.tiles}.")
+    if args.tiles and args.method == "dense":
+        parser.error("--method dense has no masks: leave --tiles out, or pass another method.")
+    if args.work_dir and len(args.seed) > 1:
+        parser.error("--work_dir holds one run: pass one --seed.")
     if not 0 <= args.sparsity < 1:
         parser.error(f"--sparsity {args.sparsity} must be in [0, 1), as 0.9 for 10% of weights.")
     if args.method not in METHODS:

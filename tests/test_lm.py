@@ -5,10 +5,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import dstee_jax as dstee
+from dstee_jax.tiled_nnx import set_tiles
+from dstee_jax.trees import unwrap
 from experiments import lm
 from experiments.data import text
 from experiments.training import records
@@ -144,6 +147,73 @@ def test_a_run_learns_stays_sparse_and_is_recorded(words, tmp_path, monkeypatch,
     )
 
 
+def test_the_network_in_tiles_is_the_same_network(model):
+    tokens = np.random.default_rng(2).integers(0, 256, (2, 12))
+    tiled = lm.Transformer(2, 16, 2, 16, tiled=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(tiled(tokens), model(tokens), rtol=1e-4, atol=1e-5)
+    tx = dstee.transform(
+        optax.identity(),
+        structure=dstee.structures.tiles((4, 4)),
+        sparsity=0.5,
+        where=lm.in_blocks,
+        stack_axes=lm.stack_axes,
+        total_steps=1,
+        every=None,
+        key=jax.random.key(0),
+    )
+    params = nnx.state(tiled, nnx.Param)
+    opt_state = tx.init(params)
+    nnx.update(tiled, dstee.apply_masks(params, opt_state))
+    masked = tiled(tokens)
+    set_tiles(tiled, opt_state)
+    shapes = {
+        name: layer.kernel.shape
+        for name, layer in vars(tiled.blocks.attention).items()
+        if isinstance(layer, nnx.Linear)
+    }
+    assert shapes == dict.fromkeys(("query", "key", "value", "out"), (2, 4, 8, 4))
+    assert tiled.blocks.up.kernel.ndim == tiled.blocks.down.kernel.ndim == 4
+    np.testing.assert_allclose(tiled(tokens), masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, monkeypatch):
+    saved = []
+    save = lm.Checkpoints.save
+
+    def seen(self, step, state, notes):
+        save(self, step, state, notes)
+        saved.append(jax.device_get(unwrap(state)))
+        if len(saved) == stop:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm.Checkpoints, "save", seen)
+    command = [*TINY, "--layers", "1", "--tiles", "4", "--steps", "10", "--every", "3", "--quiet"]
+    command += ["--sparsity", "0.5", "--text", str(words), "--results", str(tmp_path / "lm.jsonl")]
+    command += ["--work_dir"]
+    stop = None
+    lm.main([*command, str(tmp_path / "whole")])
+    whole, stop = saved.pop(), 2  # after step 4; steps 3 and 6 are mask steps
+    saved.clear()
+    with pytest.raises(KeyboardInterrupt):
+        lm.main([*command, str(tmp_path / "killed")])
+    lm.main([*command, str(tmp_path / "killed")])
+    assert len(saved) == 5
+    assert jax.tree.structure(saved[-1]) == jax.tree.structure(whole)
+    jax.tree.map(np.testing.assert_array_equal, saved[-1], whole)
+    first, second = records.read(tmp_path / "lm.jsonl")
+    assert (first["perplexity"], first["history"]) == (second["perplexity"], second["history"])
+    assert first["tiles"] == 4
+    assert first["density"] == pytest.approx(0.5, abs=0.1)
+    params, index, opt_state = whole
+    assert index["blocks"]["up"]["tiles"].shape == (16, 64)
+    assert params["blocks"]["up"]["kernel"].shape[-1] == 4
+    before, after = (jax.tree.leaves(state.indices) for state in (saved[0][2], opt_state))
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    with pytest.raises(SystemExit, match=r"--work_dir had --learning_rate 0.005: pass the same"):
+        lm.main([*command, str(tmp_path / "killed"), "--learning_rate", "1e-3"])
+
+
 def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
     args = lm.parse(["--method", "dense", *TINY, "--steps", "2", "--quiet", "--text", str(words)])
     record = lm.run(args, text.load(args.text, args.length))
@@ -152,6 +222,10 @@ def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
     runs = [record | {"perplexity": 3.0}, record | {"perplexity": 5.0, "seed": 1}, *sparse]
     lines = lm.table(runs).splitlines()
     assert lines[2:5] == ["| method | 90% | 95% |", "| --- | --- | --- |", lines[4]]
+    tiled = {"method": "set", "sparsity": 0.9, "tiles": 32}
+    assert ", tiles of 32 x 32, test perplexity" in lm.table([*runs, record | tiled])
+    del record["tiles"]  # as in records from before there were any
+    assert "tiles" not in lm.table([record])
     assert lines[4] == "| dense | 4.000 ± 1.414 | 4.000 ± 1.414 |"
 
 
@@ -165,6 +239,11 @@ def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
         (["--width", "30"], "--width 30 must be a multiple of --heads 4"),
         (["--heads", "0"], "--heads 0 must be 1 or more"),
         (["--steps", "1"], "--steps 1 must be 2 or more"),
+        (["--tiles", "0"], "'0' must be a whole number of 1 or more"),
+        (["--tiles", "48"], "--width 128 must be a multiple of --tiles 48"),
+        (["--tiles", "8", "--method", "dense"], "--method dense has no masks: leave --tiles out"),
+        (["--tiles", "8", "--method", "snfs"], "--method snfs does not keep .* pass one of dense"),
+        (["--work_dir", "run", "--seed", "0", "1"], "--work_dir holds one run: pass one --seed"),
         (["--structure", "constant_fan_in"], "--structure constant_fan_in is not for stacked"),
         (["--distribution", "uniform_first_dense"], "pass erk or uniform"),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),

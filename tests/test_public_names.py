@@ -14,6 +14,7 @@ MODULES = {
     *("at_init", "distributions", "inclusion", "memory", "methods", "penalties", "plans"),
     *("scores", "soft_threshold", "structures", "trees"),
 }
+OPTIONAL = {"tiled_linen", "tiled_nnx"}  # which need Flax, and are imported by their names
 
 
 def programs():
@@ -36,7 +37,7 @@ def wrong_names(code):
 
     def check(module, name):
         inside = name.startswith("_") or (not module and name not in dstee.__all__)
-        if inside or (module and module not in MODULES):
+        if inside or (module and module not in MODULES | OPTIONAL):
             wrong.append(f"{module}.{name}".removeprefix("."))
 
     tree = ast.parse(code)
@@ -46,7 +47,7 @@ def wrong_names(code):
                 top, _, module = alias.name.partition(".")
                 if top == "dstee_jax":
                     known[alias.asname or top] = module if alias.asname else ""
-                    wrong += [module] if module and module not in MODULES else []
+                    wrong += [module] if module and module not in MODULES | OPTIONAL else []
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dstee_jax":
             module = node.module.partition(".")[2]
             for alias in node.names:
@@ -85,6 +86,8 @@ def test_public_modules_exist_and_have_what_is_taken():
         ("from dstee_jax import scores, transform\nscores.gradient()", []),
         ("from dstee_jax.distributions import active_counts", []),
         ("import dstee_jax.scores as s\ns.magnitude", []),
+        ("from dstee_jax.tiled_nnx import Linear", []),
+        ("from dstee_jax.tiled_nnx import _layers", ["tiled_nnx._layers"]),
         ("import dstee_jax as d\nd.make_rounds", ["make_rounds"]),
         ("import dstee_jax\ndstee_jax.engine.round", ["engine"]),
         ("import dstee_jax.engine.step", ["engine.step"]),

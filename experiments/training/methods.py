@@ -108,7 +108,7 @@ def optimizer(
         options["sparsity"] = sparsity
     if tiles is not None:
         options |= {"structure": structures.tiles(tuple(tiles)), "packed": True}
-        options["where"] = functools.partial(_divided, tiles)
+        options.setdefault("where", functools.partial(_divided, tiles))
     options |= {"masks": masks, "selection": selection, "indices": indices}
     return factory(inner, total_steps=total_steps, key=key, **options)
 
