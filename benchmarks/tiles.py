@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import dstee_jax as dstee
 from benchmarks.timing import medians
+from dstee_jax import tiled_nnx
+from experiments import lm as program
 
 KEY = jax.random.key(0)
 TILES = ((16, 16), (32, 32), (64, 64), (128, 128), (1, 32))
@@ -203,7 +206,62 @@ def mlp() -> None:
             training(name, loss, params, data, optax.adamw(1e-3), sparsity, tile)
 
 
-PARTS = {f.__name__: f for f in (mlp, layers, inference, convolutions)}
+class LanguageModel:
+    """An ordinary training step of `experiments.lm`'s network, that keeps its own state."""
+
+    def __init__(self, tile=None, sparsity=0.9):
+        model = program.Transformer(
+            *(4, 512, 8, 128), tiled=tile is not None, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
+        tx = optax.adamw(1e-3)
+        if tile is not None:
+            tx = dstee.transform(
+                tx,
+                structure=dstee.structures.tiles(tile),
+                packed=True,
+                sparsity=sparsity,
+                distribution=dstee.uniform,
+                where=program.in_blocks,
+                stack_axes=program.stack_axes,
+                total_steps=10_000,
+                key=KEY,
+            )
+        state = jax.jit(tx.init)(nnx.state(model, nnx.Param))
+        if tile is not None:
+            self.density = float(dstee.density(state))
+            tiled_nnx.set_tiles(model, state)
+        graph, params, self.tiles = nnx.split(model, nnx.Param, tiled_nnx.TileIndex)
+        self.held = params, state
+        self.tokens = jax.random.randint(KEY, (32, 129), 0, 256)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(held, tiles, tokens):
+            def loss(params):
+                model = nnx.merge(graph, params, tiles, copy=True)
+                return program.losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+
+            params, state = held
+            grads = jax.grad(loss)(params)
+            options = {} if tile is None else {"mask_step": False}
+            return dstee.apply(tx, grads, state, params, **options)
+
+        self.step = step
+
+    def __call__(self):
+        self.held = self.step(self.held, self.tiles, self.tokens)
+        return self.held
+
+
+def lm() -> None:
+    """An ordinary step of the language model: 4 blocks, width 512, 32 x 128 tokens."""
+    print("whole training step of experiments.lm, width 512, 32 x 128 tokens, adamw")
+    for sparsity in (0.9, 0.95):
+        tiled = LanguageModel((32, 32), sparsity)
+        found = ratio(LanguageModel(), tiled, repeats=5)
+        print(f"  tiles of 32 x 32, {1 - tiled.density:.1%} of the blocks' kernels: {found}")
+
+
+PARTS = {f.__name__: f for f in (mlp, lm, layers, inference, convolutions)}
 
 
 def main() -> None:

@@ -414,6 +414,13 @@ def test_a_memory_reads_every_gradient():
         dstee.apply(tx, SHORT, state, SHORT, mask_step=False)
 
 
+def test_a_state_can_be_donated_beside_its_tiles():
+    state = jax.tree.map(jnp.copy, STATE)
+    tiles = dstee.tiles(state, parameters())
+    jax.jit(lambda state, tiles: state, donate_argnums=0)(state, tiles)
+    assert all(not x.is_deleted() for x in jax.tree.leaves(tiles))
+
+
 def test_tiles_are_a_pytree_with_one_array():
     leaves, treedef = jax.tree.flatten(ONE)
     assert len(leaves) == 1

@@ -61,7 +61,8 @@ def _tiles(name: str, index: jax.Array, mask: tuple[int, ...], shape: tuple[int,
             "their shapes, as dstee.to_dense(params, tiles)."
         )
     tile = (shape[-2] // mask[-2], shape[-1] // mask[-1])
-    return Tiles(index, tile, shape[index.ndim - 2 :])
+    # A copy: who donates the state to a step can pass its tiles to the same call.
+    return Tiles(jnp.array(index, copy=True), tile, shape[index.ndim - 2 :])
 
 
 def no_tiles(tiles: PyTree) -> PyTree:
