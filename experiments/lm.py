@@ -12,7 +12,8 @@ every 50 steps.
 With `--tiles N` the weights of the blocks are active in tiles of N x N (`structures.tiles`), and
 on all steps but mask steps the kernels, their gradients and moments are the active tiles alone
 (`dstee_jax.tiled_nnx`). Attention kernels then are matrices. Each column of tiles of a kernel
-has as many active tiles, at least one: keep N small against the width, and look at the density.
+has as many active tiles, at least one: keep N small against the width. At width 128 tiles of 32
+leave 19% active where 10% are asked for; the record has the density.
 
     python -m experiments.lm --width 512 --heads 8 --tiles 32
 
@@ -240,6 +241,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         store = Checkpoints(args.work_dir, keep=True)
         if first := store.latest() or 0:
             (params, tiles, opt_state), notes = store.restore((params, tiles, opt_state))
+            dstee.check(tx, opt_state, shapes)
             history, begin = notes["history"], begin - notes["seconds"]
     for i in range(1, args.steps + 1):
         starts = rng.integers(0, len(text.train) - args.length, args.batch)
@@ -311,12 +313,20 @@ def table(runs: list[dict]) -> str:
             for sparsity in sparsities:
                 cell = cells.get((method, 0.0 if method == "dense" else sparsity), [])
                 mean = records.mean_sd((r["perplexity"] for r in cell), 3) if cell else ""
-                explored = statistics.mean(r["R"] for r in cell) if cell else 1.0
-                row.append(mean + (f" (R {explored:.3f})" if explored < 1 else ""))
+                row.append(mean + _remarks(cell))
             if any(row):
                 lines.append(f"| {method} | " + " | ".join(row) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _remarks(cell: list[dict]) -> str:
+    """Exploration degree, and the density where tiles or so made it another than was asked for."""
+    if not cell or cell[0]["method"] == "dense":
+        return ""
+    explored, density = (statistics.mean(r[name] for r in cell) for name in ("R", "density"))
+    other = abs(1 - cell[0]["sparsity"] - density) > 0.005
+    return f" (R {explored:.3f}" + (f", {density:.1%} active)" if other else ")")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

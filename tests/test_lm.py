@@ -155,6 +155,7 @@ def test_the_network_in_tiles_is_the_same_network(model):
         optax.identity(),
         structure=dstee.structures.tiles((4, 4)),
         sparsity=0.5,
+        distribution=dstee.uniform,
         where=lm.in_blocks,
         stack_axes=lm.stack_axes,
         total_steps=1,
@@ -218,10 +219,15 @@ def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
     args = lm.parse(["--method", "dense", *TINY, "--steps", "2", "--quiet", "--text", str(words)])
     record = lm.run(args, text.load(args.text, args.length))
     assert (record["sparsity"], record["density"], record["R"]) == (0.0, 1.0, 1.0)
-    sparse = [record | {"method": "set", "sparsity": s, "R": 0.5} for s in (0.9, 0.95)]
+    sparse = [
+        record | {"method": "set", "sparsity": s, "R": 0.5, "density": 0.1} for s in (0.9, 0.95)
+    ]
     runs = [record | {"perplexity": 3.0}, record | {"perplexity": 5.0, "seed": 1}, *sparse]
     lines = lm.table(runs).splitlines()
     assert lines[2:5] == ["| method | 90% | 95% |", "| --- | --- | --- |", lines[4]]
+    assert lines[5] == f"| set | {record['perplexity']:.3f} (R 0.500) | " + (
+        f"{record['perplexity']:.3f} (R 0.500, 10.0% active) |"
+    )
     tiled = {"method": "set", "sparsity": 0.9, "tiles": 32}
     assert ", tiles of 32 x 32, test perplexity" in lm.table([*runs, record | tiled])
     del record["tiles"]  # as in records from before there were any
