@@ -43,7 +43,7 @@ def arguments(data_dir, *extra):
 
 
 def without_times(record):
-    return {name: value for name, value in record.items() if name != "seconds"}
+    return {name: value for name, value in record.items() if name not in ("seconds", "step_ms")}
 
 
 def leaves(*trees):

@@ -16,7 +16,6 @@ from dstee_jax.trees import (
     leaves_with_path,
     mask_leaves,
     path_name,
-    replace_leaves,
 )
 
 
@@ -98,7 +97,7 @@ def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
 
 
 def _full(masks: PyTree, params: PyTree) -> PyTree:
-    """Masks of weights from those of a state, which may be of tiles."""
+    """Masks of weights, as the parameters are, from those of a state, which may be of tiles."""
     pairs = zip(mask_leaves(masks, params), jax.tree.leaves(params), strict=True)
 
     def one(mask: Any, leaf: Any) -> Any:
@@ -108,7 +107,8 @@ def _full(masks: PyTree, params: PyTree) -> PyTree:
         )
         return expanded(mask, leaf.shape) if of_tiles else mask
 
-    return replace_leaves(masks, params, [m if is_dense(m) else one(m, x) for m, x in pairs])
+    full = [m if is_dense(m) else one(m, x) for m, x in pairs]
+    return jax.tree.unflatten(jax.tree.structure(params), full)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
