@@ -23,7 +23,7 @@ from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Entries:
     """Where the active weights of a leaf are, one by one.
 

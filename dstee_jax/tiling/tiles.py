@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["tile", "shape"]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
     """Which tiles of a kernel are active; a pytree with one array.
 
