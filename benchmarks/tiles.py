@@ -20,7 +20,7 @@ from flax import nnx
 
 import dstee_jax as dstee
 from benchmarks.timing import medians
-from dstee_jax import tiled_nnx
+from dstee_jax.tiled_nnx import TileIndex, set_tiles
 from experiments import lm as program
 
 KEY = jax.random.key(0)
@@ -229,8 +229,8 @@ class LanguageModel:
         state = jax.jit(tx.init)(nnx.state(model, nnx.Param))
         if tile is not None:
             self.density = float(dstee.density(state))
-            tiled_nnx.set_tiles(model, state)
-        graph, params, self.tiles = nnx.split(model, nnx.Param, tiled_nnx.TileIndex)
+            set_tiles(model, state)
+        graph, params, self.tiles = nnx.split(model, nnx.Param, TileIndex)
         self.held = params, state
         self.tokens = jax.random.randint(KEY, (32, 129), 0, 256)
 
