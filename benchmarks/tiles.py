@@ -24,6 +24,7 @@ from dstee_jax.tiled_nnx import TileIndex, set_tiles
 from experiments import lm as program
 
 KEY = jax.random.key(0)
+EVERY = 100
 TILES = ((16, 16), (32, 32), (64, 64), (128, 128), (1, 32))
 
 
@@ -114,6 +115,21 @@ def convolutions() -> None:
         )
 
 
+def in_tiles(inner, sparsity, tile, **options):
+    """DST-EE around an optimizer, with a mask step every EVERY steps."""
+    return dstee.transform(
+        inner,
+        structure=dstee.structures.tiles(tile),
+        packed=True,
+        sparsity=sparsity,
+        distribution=dstee.uniform,
+        total_steps=10_000,
+        every=EVERY,
+        key=KEY,
+        **options,
+    )
+
+
 class Training:
     """A donated training step that keeps its own state: dense, or with kernels in tiles.
 
@@ -125,11 +141,12 @@ class Training:
 
     def __init__(self, loss, params, batch, tx, rounds=None):
         self.params, self.batch, self.tx = jax.tree.map(jnp.copy, params), batch, tx
-        self.state, self.tiles, self.rounds, self.count = jax.jit(tx.init)(params), None, rounds, 0
+        self.state, self.tiles, self.rounds = jax.jit(tx.init)(params), None, rounds
         self.nothing = jax.tree.map(lambda _: None, params)
         if rounds is not None:
             self.params = dstee.apply_masks(self.params, self.state)
             self._to_tiles()
+        self.begin(0)
 
         @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
         def step(params, state, tiles, batch, mask_step):
@@ -140,6 +157,12 @@ class Training:
             return optax.apply_updates(params, updates), state
 
         self.step = step
+
+    def begin(self, count):
+        """Go on as after that many steps."""
+        self.count = count
+        if self.rounds is not None:
+            self.state = self.state._replace(count=jnp.int32(count))
 
     def _to_tiles(self):
         self.tiles = jax.jit(dstee.tiles)(self.state, self.params)
@@ -159,20 +182,10 @@ class Training:
 
 def training(name, loss, params, batch, inner, sparsity, tile, **options):
     """Ordinary steps, and a hundred in a row with one mask step, of a dense step's time."""
-    tx = dstee.transform(
-        inner,
-        structure=dstee.structures.tiles(tile),
-        packed=True,
-        sparsity=sparsity,
-        distribution=dstee.uniform,
-        total_steps=10_000,
-        key=KEY,
-        every=100,
-        **options,
-    )
+    tx = in_tiles(inner, sparsity, tile, **options)
     dense = Training(loss, params, batch, inner)
     tiled = Training(loss, params, batch, tx, set(dstee.mask_steps_of(tx)))
-    tiled.count = 100  # no mask step soon
+    tiled.begin(EVERY)  # no mask step soon
     ordinary = ratio(dense, tiled)
 
     def some(loop, steps):
@@ -180,13 +193,13 @@ def training(name, loss, params, batch, inner, sparsity, tile, **options):
             loop()
         return loop.params
 
-    tiled.count = 100
-    tiled_hundred = functools.partial(some, tiled, 100)
+    tiled.begin(EVERY)
+    tiled_hundred = functools.partial(some, tiled, EVERY)
     t = medians({"dense": functools.partial(some, dense, 10), "tiled": tiled_hundred}, repeats=2)
-    mean = f"{10 * t['dense'] / t['tiled']:.2f}"
+    mean = f"{EVERY / 10 * t['dense'] / t['tiled']:.2f}"
     actual = 1 - float(dstee.density(tiled.state))
     what = f"{name}, tiles of {tile[0]} x {tile[1]}, {actual:.1%}"
-    print(f"  {what}: {ordinary}; with one mask step in 100 steps: {mean}", flush=True)
+    print(f"  {what}: {ordinary}; with one mask step in {EVERY} steps: {mean}", flush=True)
 
 
 def mlp() -> None:
@@ -215,17 +228,8 @@ class LanguageModel:
         )
         tx = optax.adamw(1e-3)
         if tile is not None:
-            tx = dstee.transform(
-                tx,
-                structure=dstee.structures.tiles(tile),
-                packed=True,
-                sparsity=sparsity,
-                distribution=dstee.uniform,
-                where=program.in_blocks,
-                stack_axes=program.stack_axes,
-                total_steps=10_000,
-                key=KEY,
-            )
+            parts = {"where": program.in_blocks, "stack_axes": program.stack_axes}
+            tx = in_tiles(tx, sparsity, tile, **parts)
         state = jax.jit(tx.init)(nnx.state(model, nnx.Param))
         if tile is not None:
             self.density = float(dstee.density(state))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 PyTree = Any
@@ -28,7 +29,12 @@ def expanded(x: Any, shape: tuple[int, ...]) -> Any:
         return x
     boxes = [(parts, n // parts) for parts, n in zip(x.shape, shape, strict=True)]
     cut = x.reshape([n for parts, _ in boxes for n in (parts, 1)])
-    return jnp.broadcast_to(cut, [n for box in boxes for n in box]).reshape(shape)
+    concrete = isinstance(x, np.ndarray)  # stays so within jit
+    return (
+        (np if concrete else jnp)
+        .broadcast_to(cut, [n for box in boxes for n in box])
+        .reshape(shape)
+    )
 
 
 def path_name(path: Any) -> str:

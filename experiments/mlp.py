@@ -284,7 +284,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--dataset", type=choice([*DATASETS]), default="mnist", help=", ".join(DATASETS))
-    add("--widths", type=at_least_one, nargs="+", default=[300, 100], help="of the hidden layers")
+    add(
+        "--widths",
+        type=at_least_one,
+        nargs="+",
+        help="of the hidden layers; 300 100, with --tiles 1024 1024",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3], help="all trained at once")
     add("--epochs", type=at_least_one, default=40)
     add("--batch", type=at_least_one, default=128)
@@ -313,6 +318,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.distribution == "uniform_first_dense":
         parser.error("--distribution uniform_first_dense is for images: pass erk or uniform.")
+    args.widths = args.widths or ([1024, 1024] if args.tiles else [300, 100])
     if args.tiles:
         args.tiles = tuple(args.tiles) * (3 - len(args.tiles))
         having = [name for name, of in METHODS.items() if "structure" in of.options]
@@ -322,7 +328,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 f"method one of {', '.join(having)}."
             )
         if any(width % size for width in args.widths for size in args.tiles):
-            parser.error(f"--tiles {args.tiles} must divide all --widths {args.widths}.")
+            parser.error(f"--tiles {args.tiles} must divide all --widths {args.widths}, as 1024.")
     if args.method == "dense":
         args.sparsity = 0.0
     return args

@@ -321,6 +321,8 @@ def test_given_masks_and_carry_over():
         again = make(packed=True, sparsity=None, masks=given_masks).init(params)
         equal(again.masks, state.masks)
         equal(again.indices, state.indices)
+        jitted = jax.jit(make(packed=True, sparsity=None, masks=given_masks).init)(params)
+        equal(jitted.masks, state.masks)
     # The same masks, moments whole and in tiles.
     whole = dstee.carry_over(state, make(), params)
     equal(whole.masks, state.masks)

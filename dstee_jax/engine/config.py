@@ -33,7 +33,7 @@ from dstee_jax.rules.schedule import Rounds
 from dstee_jax.rules.scores import Score
 from dstee_jax.state import SparseState, key_data
 from dstee_jax.tiling.tiles import index_of
-from dstee_jax.trees import PyTree, expanded, is_dense, mask_leaves, masked
+from dstee_jax.trees import PyTree, is_dense, mask_leaves, masked
 
 _WATCHED: contextvars.ContextVar[list["Config"] | None] = contextvars.ContextVar(
     "watched", default=None
@@ -178,21 +178,9 @@ class Config:
 
     def _given_masks(self, params: PyTree) -> list[Any]:
         """The masks of `masks=`; those of tiles as masks of weights."""
-        masks = self.masks
-        if self.tiled:
-            rows = zip(mask_leaves(masks, params), jax.tree.leaves(params), strict=True)
-            full = [self._full(mask, leaf.shape) for mask, leaf in rows]
-            masks = jax.tree.unflatten(jax.tree.structure(params), full)
+        masks = given.of_weights(self.masks, params) if self.tiled else self.masks
         given.check_masks(masks, params)
         return mask_leaves(masks, params)
-
-    def _full(self, mask: Any, shape: tuple[int, ...]) -> Any:
-        assert self.rule.structure is not None
-        if is_dense(mask) or mask.ndim != len(shape) or len(shape) < 2:
-            return mask
-        tile = self.rule.structure.tile
-        of_tiles = mask.shape[-2:] == tuple(n // t for n, t in zip(shape[-2:], tile, strict=True))
-        return np.asarray(expanded(mask, shape)) if of_tiles else mask
 
     def _tile_sizes(self, params: PyTree, masks: PyTree) -> PyTree:
         """How many weights an entry of each mask stands for."""
@@ -248,4 +236,4 @@ class Config:
         stack = len(spec.stack)
         *_, rows, columns = mask.shape
         active = total(spec.target) * rows // leaf.size
-        return index_of(mask, leaf.shape[stack:], (*mask.shape[:stack], columns, active))
+        return index_of(mask, (*mask.shape[:stack], columns, active))

@@ -58,13 +58,14 @@ def update(
             f"mask_step={mask_step} must be True or False when the step is compiled: make it a "
             "static argument of jit."
         )
-    short = rectangles(config, state, params, bool(mask_step))
-    inputs, plan_state = _inputs(config, updates, state, params, short, as_params, extra)
+    rectangular = rectangles(config, state, params, bool(mask_step))
+    inputs, plan_state = _inputs(config, updates, state, params, rectangular, as_params, extra)
     places: list[Any] = [optax.MaskedNode()] * len(inputs.weights)
     if config.indices:
         found = config.places(params, state.masks, state.indices)
         places = [
-            optax.MaskedNode() if is_short else x for is_short, x in zip(short, found, strict=True)
+            optax.MaskedNode() if is_rectangle else x
+            for is_rectangle, x in zip(rectangular, found, strict=True)
         ]
     params_now = inputs.weights if as_params else ()
     kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, places)
@@ -97,7 +98,7 @@ def _inputs(
     updates: PyTree,
     state: SparseState,
     params: PyTree,
-    short: list[bool],
+    rectangular: list[bool],
     as_params: bool,
     extra: dict[str, Any],
 ) -> tuple[StepInputs, Any]:
@@ -110,7 +111,7 @@ def _inputs(
     elif extra.get("grad") is not None:
         grads = [jnp.asarray(x) for x in leaves_like(params, extra["grad"], "grad=")]
     specs: list[LeafSpec | None] = [None] * len(leaves)  # of dense shapes alone
-    if not any(short):
+    if not any(rectangular):
         _, specs = config.layout(params)
     masks, counters = (mask_leaves(tree, params) for tree in (state.masks, state.counters))
     kept, plan_state, sums = recall(state.rule_state, params)
@@ -125,14 +126,14 @@ def _inputs(
         weights=[jnp.asarray(leaf) for leaf in leaves],
         grads=grads,
         outgoing=outgoing,
-        masks=[optax.MaskedNode() if s else m for s, m in zip(short, masks, strict=True)],
+        masks=[optax.MaskedNode() if s else m for s, m in zip(rectangular, masks, strict=True)],
         counters=counters,
         kept=kept,
         sums=sums,
         as_params=as_params,
         extra=extra,
     )
-    if any(short):
+    if any(rectangular):
         return inputs, plan_state
     inputs = dataclasses.replace(inputs, outgoing=inputs.penalised())
     return dataclasses.replace(inputs, kept=inputs.remembered(), sums=inputs.added_up()), plan_state

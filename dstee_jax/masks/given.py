@@ -90,13 +90,13 @@ def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
     if not trees:
         check_masks(masks, params)
         return [masks]
-    full = [_full(tree, params) for tree in trees]
+    full = [of_weights(tree, params) for tree in trees]
     for tree in full:
         check_masks(tree, params)
     return full
 
 
-def _full(masks: PyTree, params: PyTree) -> PyTree:
+def of_weights(masks: PyTree, params: PyTree) -> PyTree:
     """Masks of weights, as the parameters are, from those of a state, which may be of tiles."""
     pairs = zip(mask_leaves(masks, params), jax.tree.leaves(params), strict=True)
 

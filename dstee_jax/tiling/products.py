@@ -116,7 +116,7 @@ def conv(
 def _product(x: jax.Array, kernel: jax.Array, tiles: Tiles) -> jax.Array:
     """x @ kernel for one place of the kernel; x of shape (examples, inputs)."""
     dtype = jnp.result_type(x, kernel)
-    x, kernel, index = _on_the_same_devices(x.astype(dtype), kernel.astype(dtype), tiles.index)
+    x, kernel, index = _varying_alike(x.astype(dtype), kernel.astype(dtype), tiles.index)
     return _multiplied(tiles.rows, x.T, kernel, index).T
 
 
@@ -174,7 +174,7 @@ def _backward(
 def _scattered(rows: int, of_seen: jax.Array, index: jax.Array) -> jax.Array:
     """What the columns have for each row of tiles, added up by a scatter."""
     start = jnp.zeros((rows, *of_seen.shape[2:]), of_seen.dtype)
-    (start,) = _on_the_same_devices(start, like=of_seen)
+    (start,) = _varying_alike(start, like=of_seen)
     return start.at[index].add(of_seen)
 
 
@@ -210,7 +210,7 @@ def _chunked_backward(
         of_x, of_kernel = backward(*chunk, kernel, index)
         return total + of_kernel, of_x
 
-    (start,) = _on_the_same_devices(jnp.zeros_like(kernel), like=x)
+    (start,) = _varying_alike(jnp.zeros_like(kernel), like=x)
     of_kernel, of_x = lax.scan(one, start, (_chunks(grad), _chunks(x)))
     return _joined(of_x), of_kernel
 
@@ -224,7 +224,7 @@ def _joined(chunks: jax.Array) -> jax.Array:
     return chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
 
 
-def _on_the_same_devices(*arrays: jax.Array, like: Any = None) -> list[jax.Array]:
+def _varying_alike(*arrays: jax.Array, like: Any = None) -> list[jax.Array]:
     """In `shard_map`: arrays that may all differ over the same mesh axes, as their types say."""
     axes = set[str]().union(*map(varying_axes, arrays if like is None else (*arrays, like)))
     more = [tuple(sorted(axes - varying_axes(x))) for x in arrays]

@@ -70,11 +70,11 @@ class Tiles:
 
     def renewed(self, mask: jax.Array) -> "Tiles":
         """As many tiles of another mask, of shape (..., rows, columns)."""
-        return dataclasses.replace(self, index=index_of(mask, self.shape, self.index.shape))
+        return dataclasses.replace(self, index=index_of(mask, self.index.shape))
 
     def stays(self, mask: jax.Array) -> jax.Array:
         """Where a mask of tiles is True, as a rectangle; bool."""
-        active = jnp.take_along_axis(self._by_column(mask), self.index, axis=-1)
+        active = jnp.take_along_axis(_by_column(mask, self.index.shape), self.index, axis=-1)
         wide = jnp.broadcast_to(active[..., None, None], (*active.shape, self._depth, self.tile[1]))
         return wide.reshape(self.rectangle_shape)
 
@@ -107,9 +107,6 @@ class Tiles:
             one = jax.vmap(one)
         return one(self.index, *arrays)
 
-    def _by_column(self, mask: jax.Array) -> jax.Array:
-        return _by_column(mask, self.shape, self.index.shape)
-
     def _cut(self, kernel: jax.Array) -> jax.Array:
         """A layer's dense kernel as (columns, rows, depth, outputs)."""
         columns = self.index.shape[-2]
@@ -134,15 +131,14 @@ class Tiles:
         return x.reshape(self.shape)
 
 
-def index_of(mask: jax.Array, shape: Shape, like: Shape) -> jax.Array:
+def index_of(mask: jax.Array, like: Shape) -> jax.Array:
     """The rows of the active tiles in each column: int32, of the shape `like`.
 
     Args:
       mask: of tiles, as the state keeps it.
-      shape: of the kernel of one layer.
       like: (..., columns, active): as many are active in each column.
     """
-    columns = _by_column(mask, shape, like)
+    columns = _by_column(mask, like)
     rows = columns.shape[-1]
     places = jnp.where(columns, jnp.arange(rows, dtype=jnp.int32), jnp.int32(rows))
     return jnp.sort(places, axis=-1)[..., : like[-1]]
@@ -158,7 +154,7 @@ def may_be_rectangle(shape: Shape, index: jax.Array) -> bool:
     )
 
 
-def _by_column(mask: jax.Array, shape: Shape, like: Shape) -> jax.Array:
+def _by_column(mask: jax.Array, like: Shape) -> jax.Array:
     """A mask of tiles as (..., columns, rows)."""
     stack, columns = like[:-2], like[-2]
     return mask.reshape(*stack, -1, columns).swapaxes(-1, -2)
