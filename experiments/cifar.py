@@ -162,12 +162,26 @@ class Trainer:
         return 100 * float(hits) / len(images)
 
 
+def settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What a record says of its run: `records.find` finds it by these."""
+    named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
+    decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
+    return {
+        **{name: getattr(args, name) for name in named},
+        "seed": seed,
+        "options": decay | given_options(args, "rescale", "sparse_allreduce"),
+    }
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Images and labels to train on, and to evaluate on."""
+    return data.load_splits(args.dataset, args.data_dir, args.split == "validation")
+
+
 def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str, Any]:
     """Train one seed, evaluate after each epoch, and return the record."""
     print_ = Console(quiet=args.quiet).print
-    if arrays is None:
-        arrays = data.load_splits(args.dataset, args.data_dir, args.split == "validation")
-    (images, labels), (eval_images, eval_labels) = jax.device_put(arrays)
+    (images, labels), (eval_images, eval_labels) = jax.device_put(arrays or load(args))
     scored = None
     if METHODS[args.method].first_masks is not None:
         some = np.random.default_rng(seed).permutation(len(images))
@@ -224,14 +238,9 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
 
     if dstee.get_states(state.opt_state):
         print_(dstee.summary(state.opt_state, state.params))
-    named = ("dataset", "split", "model", "method", "sparsity", "epochs", "batch")
-    decay = {} if args.weight_decay == WEIGHT_DECAY else {"weight_decay": args.weight_decay}
-    return {
-        **{name: getattr(args, name) for name in named},
-        "seed": seed,
+    return settings(args, seed) | {
         "steps": trainer.steps_per_epoch * args.epochs,
         "data": args.note or args.dataset,
-        "options": decay | given_options(args, "rescale", "sparse_allreduce"),
         "accuracy": history[-1]["accuracy"],
         "best_accuracy": max(row["accuracy"] for row in history),
         "density": round(density, 6),
@@ -275,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse(argv)
     try:
-        arrays = data.load_splits(args.dataset, args.data_dir, args.split == "validation")
+        arrays = load(args)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
     for seed in args.seed:

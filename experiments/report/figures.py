@@ -6,6 +6,7 @@
         # experiments.cifar --method dst_ee --c C --results results/figure3.jsonl
     python -m experiments.report.figures exploitation  # from results/exploitation.jsonl
     python -m experiments.report.figures theory        # from results/theory.jsonl
+    python -m experiments.report.figures length        # from results/length.jsonl
     python -m experiments.report.figures masks --work_dir DIR   # from a run's last checkpoint
 
 `--records FILE` draws other records, `--out DIR` writes elsewhere than docs/figures.
@@ -22,6 +23,7 @@ import optax
 
 import dstee_jax as dstee
 from dstee_jax.trees import path_name
+from experiments.studies import length as study
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints
@@ -200,6 +202,34 @@ def theory(runs: list[dict]) -> Figure:
     return figure
 
 
+def length(runs: list[dict]) -> Figure:
+    """What DST-EE gains over RigL, by the length of training; a line for each sparsity."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    tested = [run for run in runs if run["split"] == "test"]
+    for (data, model, _, sparsity), some in study.settings_of(tested).items():
+        by_length = {epochs: study.by_row(group) for epochs, group in study.lengths(some).items()}
+        gains = {
+            epochs: study.gain(rows[study.DST_EE], rows[study.RIGL])
+            for epochs, rows in by_length.items()
+            if {study.DST_EE, study.RIGL} <= set(rows)
+        }
+        if not gains:
+            continue
+        i = len(axis.containers)
+        mean, error, seeds = np.array(list(gains.values())).T
+        name = f"{data}, {model}, {sparsity:.0%} ({seeds.min():.0f} seeds)"
+        style = {"color": SEQUENCE[i], "marker": MARKERS[i], "capsize": 3, "label": name}
+        axis.errorbar(list(gains), mean, error, **style)
+    axis.axhline(0, color="black", lw=0.6)
+    axis.set(xlabel="epochs", ylabel="test accuracy, points over RigL", xscale="log")
+    ticks = sorted({run["epochs"] for run in tested})
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.set_title("DST-EE's gain by the length of training, ± its standard error")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """For sorting layers: block 2 comes before block 10."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("/")]
@@ -246,6 +276,7 @@ DRAWN: dict[str, Callable[[list[dict]], Figure]] = {
     "figure3": figure3,
     "exploitation": exploitation,
     "theory": theory,
+    "length": length,
 }
 
 

@@ -13,28 +13,27 @@ CPU cores at 5 epochs.
 import argparse
 import itertools
 import statistics
-import time
-from pathlib import Path
 from typing import Any
 
-from experiments import mlp
+from experiments.studies.queue import Run, add_queue_options, mlp_run, recorded
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
-from experiments.training.runs import record_once
 
 TILES: tuple[tuple[int, ...], ...] = ((), (32, 32), (1, 32), (16, 16), (8, 8))
 METHODS = ("dst_ee", "rigl", "static")
 SPARSITIES = (0.9, 0.95)
+WIDTHS = ("1024", "1024")
+BATCH = 128
 
 
-def settings(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of every run, in the order of the queue."""
+def queue(args: argparse.Namespace) -> list[Run]:
+    """Every run, in order."""
     runs = []
     for sparsity, tiles, method in itertools.product(SPARSITIES, TILES, METHODS):
         words = [f"--method={method}", f"--sparsity={sparsity}", f"--epochs={args.epochs}"]
-        words += [f"--results={args.results}", f"--data_dir={args.data_dir}", "--quiet"]
-        words += ["--widths", "1024", "1024", "--seeds", *map(str, range(args.seeds))]
-        runs.append(mlp.parse([*words, *(["--tiles", *map(str, tiles)] if tiles else [])]))
+        words += [f"--results={args.results}", f"--data_dir={args.data_dir}"]
+        words += [f"--batch={BATCH}", "--widths", *WIDTHS, "--seeds", *map(str, range(args.seeds))]
+        runs.append(mlp_run(*words, *(["--tiles", *map(str, tiles)] if tiles else [])))
     return runs
 
 
@@ -64,25 +63,11 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--epochs", type=at_least_one, default=5)
-    add("--seeds", type=at_least_one, default=3)
-    add("--minutes", type=float, default=float("inf"), help="no run begins after so many")
-    add("--data_dir", default="~/tensorflow_datasets")
-    add("--results", type=Path, default=records.RESULTS / "tiles.jsonl")
-    add("--table", type=Path, help="print this file of records, and train nothing")
+    add_queue_options(parser, "tiles.jsonl")
+    parser.add_argument("--epochs", type=at_least_one, default=5)
+    parser.add_argument("--seeds", type=at_least_one, default=3)
     args = parser.parse_args(argv)
-    if args.table is None:
-        begin, queue = time.monotonic(), settings(args)
-        left = [run for run in queue if records.find(args.results, mlp.settings(run)) is None]
-        arrays = mlp.load(queue[0]) if left else None
-        for i, run in enumerate(left):
-            if time.monotonic() - begin > 60 * args.minutes:
-                print(f"{len(left) - i} runs are left: the same command goes on with them.")
-                break
-            record_once(run, mlp.run(run, arrays))
-    runs = records.read(args.table or args.results)
-    print(table([run for run in runs if "step_ms" in run]))
+    print(table(recorded(args, queue(args))))
 
 
 if __name__ == "__main__":

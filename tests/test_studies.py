@@ -1,0 +1,130 @@
+"""Studies that are queues of runs: by hand-made records, and end to end on a tiny MNIST."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import mlp
+from experiments.report import figures
+from experiments.studies import length, queue, tiles
+from experiments.training import records
+from tests.tiny_datasets import write_cifar, write_mnist
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    # Raised inside tensorflow-datasets, by its own dependencies.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tfds")
+    write_mnist(directory, {"train": 40, "test": 20})
+    write_cifar(directory, "cifar10", 10, {"train": 40, "test": 20})
+    return directory
+
+
+def record(words, accuracies, *extra):
+    """As `experiments.mlp` would append it, with these accuracies."""
+    args = mlp.parse([*words, *extra, "--seeds", *map(str, range(len(accuracies)))])
+    own = {"data": args.note or args.dataset, "R": [0.1] * len(accuracies)}
+    own |= {name: accuracies for name in ("accuracy", "best_accuracy", "density", "history")}
+    return mlp.settings(args) | own
+
+
+def test_every_row_of_the_length_study_is_known_again():
+    rows = length.ROWS | length.ABLATION
+    for name, words in rows.items():
+        assert length.name_of(record(words, [0.0])) == name
+    assert length.name_of(record(["--method=snip"], [0.0])) is None
+
+
+def test_gains_are_paired_by_seed():
+    base = {0: {"accuracy": 90.0}, 1: {"accuracy": 80.0}, 2: {"accuracy": 70.0}}
+    one = {0: {"accuracy": 91.0}, 1: {"accuracy": 83.0}, 7: {"accuracy": 0.0}}
+    mean, error, seeds = length.gain(one, base)  # gains 1 and 3: standard deviation sqrt(2)
+    assert (mean, error, seeds) == (2.0, pytest.approx(1.0), 2)
+    assert length.gain({0: one[0]}, base)[0] == 1.0
+    assert math.isnan(length.gain({0: one[0]}, base)[1])
+
+
+def test_the_table_and_the_figure_of_the_length_study(tmp_path):
+    rigl, dst_ee = length.ROWS[length.RIGL], length.ROWS[length.DST_EE]
+    path = tmp_path / "length.jsonl"
+    for epochs, more in ((5, 1.0), (40, 2.0)):
+        records.append(path, record(rigl, [90.0, 80.0], f"--epochs={epochs}"))
+        records.append(path, record(dst_ee, [90.0 + more, 80.0], f"--epochs={epochs}"))
+    table = length.table(records.read(path)).splitlines()
+    assert table[2:] == [
+        "| method | 5 epochs | 40 epochs |",
+        "| --- | --- | --- |",
+        "| RigL | 85.00 ± 7.07 (2 seeds) | 85.00 ± 7.07 (2 seeds) |",
+        "| DST-EE, c = 0.001 | 85.50 ± 7.78 (2 seeds) [+0.50 ± 0.50] "
+        "| 86.00 ± 8.49 (2 seeds) [+1.00 ± 1.00] |",
+    ]
+    assert "mnist, mlp 300-100, 98% sparse, test accuracy" in table[0]
+    figures.main(["length", f"--records={path}", f"--out={tmp_path}"])
+    with Image.open(tmp_path / "length.png") as image:
+        assert np.asarray(image.convert("L")).std() > 10  # there is something on it
+
+
+def test_a_queue_goes_on_where_it_was_stopped(tmp_path, data_dir, monkeypatch, capsys):
+    tiny = ("--batch=10", "--widths", "16", "--distribution=uniform")
+    rows = {"static": length.ROWS["static"]}
+    part = length.Part(0.9, (1, 2), rows, seeds=2, words=tiny)
+    monkeypatch.setattr(length, "AT_ONCE", 1)
+    monkeypatch.setattr(length, "PARTS", length.PARTS | {"c": part})
+    monkeypatch.setattr(length, "name_of", lambda run: run["method"])
+    path = tmp_path / "length.jsonl"
+    command = ["--parts", "c", f"--results={path}", f"--data_dir={data_dir}"]
+    length.main([*command, "--minutes=0"])
+    assert "4 runs are left" in capsys.readouterr().out
+    trained, run = [], mlp.run
+
+    def stopped(args, arrays):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((args.seeds, args.epochs))
+        return run(args, arrays)
+
+    monkeypatch.setattr(mlp, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        length.main(command)
+    assert trained == [([0], 1), ([0], 2), ([1], 1)]
+    monkeypatch.setattr(mlp, "run", lambda *args: trained.append("again") or run(*args))
+    for _ in range(2):  # the second time nothing is left
+        length.main(command)
+        assert "| static |" in capsys.readouterr().out
+        assert trained[3:] == ["again"]
+    found = [(record["seeds"], record["epochs"]) for record in records.read(path)]
+    assert found == [([0], 1), ([0], 2), ([1], 1), ([1], 2)]
+
+
+def test_a_run_of_the_convolutional_network_is_found_again(tmp_path, data_dir):
+    words = ["--model=small", "--epochs=1", "--batch=10", "--method=static", "--sparsity=0.9"]
+    words += [f"--results={tmp_path / 'length.jsonl'}", f"--data_dir={data_dir}"]
+    one = queue.cifar_run(3, *words)
+    record = one.train(one.load())
+    assert one.settings.items() <= record.items()
+    assert record["seed"] == 3
+
+
+def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(tiles, "TILES", ((), (32, 32)))
+    monkeypatch.setattr(tiles, "METHODS", ("static",))
+    path = tmp_path / "tiles.jsonl"
+    monkeypatch.setattr(tiles, "WIDTHS", ("64", "64"))
+    command = ["--epochs=1", "--seeds=2", f"--results={path}", f"--data_dir={data_dir}"]
+    monkeypatch.setattr(tiles, "SPARSITIES", (0.5,))
+    monkeypatch.setattr(tiles, "BATCH", 10)
+    tiles.main(command)
+    runs = records.read(path)
+    assert [run["options"].get("tiles") for run in runs] == [None, [32, 32]]
+    shown = capsys.readouterr().out
+    assert "| free |" in shown
+    assert "| 32 x 32 |" in shown
+    tiles.main([f"--table={path}"])
+    assert capsys.readouterr().out in shown
