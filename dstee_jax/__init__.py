@@ -21,6 +21,9 @@ from dstee_jax.engine.carry_over import carry_over
 from dstee_jax.engine.compatible import check
 from dstee_jax.engine.moments import unmatched_state
 from dstee_jax.exporting import register_for_export
+from dstee_jax.files.convert import save_dense, to_bcsr, to_scipy
+from dstee_jax.files.load import Saved, load
+from dstee_jax.files.save import save
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.rescale import rescale
@@ -47,6 +50,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Flops",
     "Leaf",
+    "Saved",
     "SparseState",
     "Tiles",
     "apply",
@@ -70,6 +74,7 @@ __all__ = [
     "inclusion",
     "init_masks",
     "kernels",
+    "load",
     "mask_steps",
     "mask_steps_of",
     "matmul",
@@ -82,6 +87,8 @@ __all__ = [
     "register_for_export",
     "replicas_agree",
     "rescale",
+    "save",
+    "save_dense",
     "scores",
     "seed_axes",
     "soft_threshold",
@@ -90,7 +97,9 @@ __all__ = [
     "summary",
     "tiles",
     "tiles_pay",
+    "to_bcsr",
     "to_dense",
+    "to_scipy",
     "to_tiles",
     "training_flops",
     "transform",

@@ -39,11 +39,12 @@ FLOORS = {
         ["rules", "tiling"],
         ["masks"],
         ["engine"],
-        ["devices", "measure", "soft_threshold", "tiled_linen", "tiled_nnx"],
+        ["devices", "files", "measure", "soft_threshold", "tiled_linen", "tiled_nnx"],
         ["exporting", "transform"],
         ["methods"],
         [name for name, (behind, _) in PUBLIC.items() if behind],
         ["__init__"],
+        ["__main__"],
     ],
     "experiments": [
         ["data", "training"],
