@@ -12,7 +12,7 @@ from flax import nnx
 import dstee_jax as dstee
 from dstee_jax.tiled_nnx import set_tiles
 from dstee_jax.trees import unwrap
-from experiments import lm
+from experiments import lm, pack
 from experiments.data import text
 from experiments.training import records
 
@@ -211,6 +211,10 @@ def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, m
     assert params["blocks"]["up"]["kernel"].shape[-1] == 4
     before, after = (jax.tree.leaves(state.indices) for state in (saved[0][2], opt_state))
     assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    pack.main([str(tmp_path / "whole"), str(tmp_path / "network")])
+    packed = dstee.load(tmp_path / "network").params["blocks"]["up"]["kernel"]
+    up = index["blocks"]["up"]["tiles"].dense(params["blocks"]["up"]["kernel"])
+    np.testing.assert_array_equal(packed, up)
     with pytest.raises(SystemExit, match=r"--work_dir had --learning_rate 0.005: pass the same"):
         lm.main([*command, str(tmp_path / "killed"), "--learning_rate", "1e-3"])
 

@@ -48,7 +48,7 @@ FLOORS = {
     ],
     "experiments": [
         ["data", "training"],
-        ["cifar", "imagenet", "linkpred", "lm", "mlp", "quickstart"],
+        ["cifar", "imagenet", "linkpred", "lm", "mlp", "pack", "quickstart"],
         ["studies"],
         ["report"],
         ["__init__"],

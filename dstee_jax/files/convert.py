@@ -10,14 +10,13 @@ import jax
 import numpy as np
 from jax.experimental import sparse
 
+from dstee_jax.files import reader
 from dstee_jax.files.save import host_array, write_whole
 from dstee_jax.masks.where import kernels as is_kernel
 from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_parts
 
-# Of JAX's types, those that the .safetensors format has.
-_READ_AS_THEY_ARE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-_READ_AS_THEY_ARE += ("uint64", "float16", "float32", "float64", "complex64")
-_READ_AS_THEY_ARE += ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+# Types that the .safetensors format has.
+_TYPES = {*reader.CODES, "complex64", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
 
 
 def to_scipy(kernel: Any, mask: Any | None = None) -> Any:
@@ -55,7 +54,8 @@ def to_bcsr(kernel: Any, mask: Any | None = None) -> sparse.BCSR:
 
     Args and errors: as for `to_scipy`.
     """
-    return sparse.BCSR(tuple(map(jax.numpy.asarray, _rows(kernel, mask))), shape=kernel.shape)
+    data, indices, indptr = map(jax.numpy.asarray, _rows(kernel, mask))
+    return sparse.BCSR((data, indices, indptr), shape=kernel.shape)
 
 
 def _rows(kernel: Any, mask: Any | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,7 +107,7 @@ def save_dense(
         if is_dense(leaf):
             continue
         name, x = separator.join(path_parts(at)), host_array(at, leaf)
-        if str(x.dtype) not in _READ_AS_THEY_ARE:
+        if str(x.dtype) not in _TYPES:
             raise ValueError(
                 f"{name} has type {x.dtype}, which .safetensors does not have: convert it, or keep "
                 "it with dstee.save."

@@ -22,15 +22,13 @@ from safetensors import SafetensorError, safe_open
 
 FORMAT, VERSION = "dstee_jax", 1
 ESCAPE = 255  # a byte of gaps that stands for this many inactive entries and no active one
-# Types that safetensors and NumPy both have; values of others are stored as their bits.
-NATIVE = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-NATIVE += ("float16", "float32", "float64")
+# Types that NumPy has, as the file calls them; values of others are stored as their bits.
 CODES = {"bool": "BOOL"} | {
     f"{kind}{bits}": f"{code}{bits}"
     for kind, code in (("int", "I"), ("uint", "U"), ("float", "F"))
     for bits in (8, 16, 32, 64)
+    if (kind, bits) != ("float", 8)
 }
-_MASK, _VALUES = "mask", "values"
 
 
 class FileError(ValueError):
@@ -88,7 +86,7 @@ class Leaf(NamedTuple):
         """Names in the file: of the values, and of where they are."""
         if self.form == "dense":
             return (self.name,)
-        return f"{self.name}.{_VALUES}", f"{self.name}.{self.form}"
+        return f"{self.name}.values", f"{self.name}.{self.form}"
 
 
 class Contents(NamedTuple):
@@ -201,7 +199,7 @@ def _leaf(path: Any, row: dict[str, Any]) -> Leaf:
     good = good and leaf.form in ("dense", "bits", "gaps") and len(leaf.block) == len(leaf.shape)
     good = good and all(b and n % b == 0 for n, b in zip(leaf.shape, leaf.block, strict=True))
     good = good and re.fullmatch("[a-z]+[0-9a-z_]*", leaf.dtype) is not None
-    good = good and leaf.stored_as in NATIVE and 0 <= leaf.active <= _product(leaf.grid)
+    good = good and leaf.stored_as in CODES and 0 <= leaf.active <= _product(leaf.grid)
     if not good:
         raise _changed(path, f"it describes {leaf.name} as {leaf}")
     return leaf
@@ -308,11 +306,11 @@ def _dtype(name: str) -> np.dtype | None:
         return None
 
 
-def checksum(buffers: Iterable[Any]) -> int:
-    """CRC-32 of the bytes of buffers, one after the other."""
+def checksum(parts: Iterable[np.ndarray | bytes]) -> int:
+    """CRC-32 of the bytes of arrays or texts, one after the other."""
     value = 0
-    for one in buffers:
-        data = np.ascontiguousarray(one).reshape(-1).view(np.uint8) if hasattr(one, "view") else one
+    for part in parts:
+        data: Any = part if isinstance(part, bytes) else np.ascontiguousarray(part)
         value = zlib.crc32(data, value)
     return value
 
@@ -342,8 +340,8 @@ def main(argv: list[str]) -> None:
             print(table(argv[0]))
         else:
             found = read(argv[0])
-            names = [leaf.name for leaf in found.leaves]
-            np.savez(Path(argv[1]), **dict(zip(names, found.arrays, strict=True)))
+            named = {leaf.name: x for leaf, x in zip(found.leaves, found.arrays, strict=True)}
+            np.savez(Path(argv[1]), **named)  # type: ignore[arg-type]
     except (OSError, FileError) as error:
         raise SystemExit(f"error: {error}") from error
 

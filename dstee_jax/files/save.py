@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from dstee_jax.files import reader
 from dstee_jax.state import get_states
@@ -39,6 +41,7 @@ def save(
       metadata: anything that JSON can hold, as `{"sparsity": 0.9, "accuracy": 97.1}`.
 
     Raises:
+      OSError: the file can't be written.
       ValueError: an inactive weight is not zero, a leaf is no array of numbers, a mask does not
         fit, or two leaves have one name; names the leaf.
 
@@ -57,7 +60,8 @@ def save(
       >>> bool((saved.params["kernel"] == params["kernel"]).all()), saved.metadata
       (True, {'sparsity': 0.95})
     """
-    leaves, tensors = [], {}
+    leaves: list[dict[str, Any]] = []
+    tensors: dict[str, np.ndarray] = {}
     for keys, x, mask in _arrays(params, masks):
         leaf, stored = encoded(keys, x, mask)
         if tensors.keys() & set(leaf.tensors()):
@@ -72,14 +76,14 @@ def save(
 
 def write_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write a .safetensors file in one go: who is killed meanwhile leaves the file as it was."""
-    from safetensors.numpy import save_file
-
     part = path.with_name(path.name + ".part")
     try:
         save_file(tensors, part, metadata=metadata)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}.") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -136,7 +140,8 @@ def encoded(
         checksum=0,
     )
     boxes = to_boxes(bits, block, extra)
-    nonzero = _unsigned(boxes).reshape(len(boxes), math.prod(boxes.shape[1:])).any(1)
+    rows = _unsigned(boxes).reshape(len(boxes), math.prod(boxes.shape[1:]))
+    nonzero = np.asarray(rows.any(1))
     active = nonzero if mask is None else mask.reshape(-1)
     if (nonzero & ~active).any():
         raise ValueError(
@@ -157,7 +162,7 @@ def encoded(
 def as_bits(x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
     """An array as a type that the format has, and the axes that this adds at its end."""
     x = np.ascontiguousarray(x).reshape(x.shape)
-    if str(x.dtype) in reader.NATIVE:
+    if str(x.dtype) in reader.CODES:
         return x, ()
     extra = (2,) if x.itemsize == 16 else ()
     return x[..., None].view(_BITS[x.itemsize]).reshape(x.shape + extra), extra

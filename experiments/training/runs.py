@@ -25,10 +25,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def check_same_command(args: argparse.Namespace, free: set[str]) -> None:
     """Raise if `--work_dir` holds a run with other settings (but `free` ones); remember these."""
-    own = {k: v for k, v in vars(args).items() if k not in free}
-    path = args.work_dir / "config.json"
+    text = json.dumps({k: v for k, v in vars(args).items() if k not in free}, indent=1)
+    own, path = json.loads(text), args.work_dir / "config.json"  # tuples are lists in a file
     if jax.process_index() == 0 and not path.exists():
-        write_whole(path, json.dumps(own, indent=1))
+        write_whole(path, text)
     multihost_utils.sync_global_devices("config.json")
     before = json.loads(path.read_text())
     changed = [k for k in own if before.get(k, own[k]) != own[k]]
