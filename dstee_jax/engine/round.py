@@ -126,7 +126,7 @@ def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> lis
     pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
     if rule.searches_alone:
         return [rule.exchange_alone(*pair) for pair in pairs]
-    reduced = [rule.reduce(*pair) for pair in pairs]
+    reduced = [rule.reduce(*pair, inputs.count) for pair in pairs]
     places = alike(names, reduced)
     stacks = [[reduced[j] for j in part] for part in places]
     new = exchange(list(map(stacked, stacks)), regrow=rule.regrow, selection=rule.selection)

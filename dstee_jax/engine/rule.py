@@ -53,8 +53,11 @@ class Rule:
             one = jax.vmap(one, in_axes=(axis, axis, axis, i), out_axes=axis)
         return one(*row[:3], _of_layers(row, spec))
 
-    def reduce(self, row: Exchange, spec: LeafSpec) -> Exchange:
-        """What is exchanged in a leaf: its weights, or what its structure makes of them."""
+    def reduce(self, row: Exchange, spec: LeafSpec, turn: jax.Array) -> Exchange:
+        """What is exchanged in a leaf: its weights, or what its structure makes of them.
+
+        `turn` is another number in each round.
+        """
         if self.structure is None:
             return row
         reduce, parts = self.structure.reduce, self.structure.parts
@@ -64,7 +67,7 @@ class Rule:
             reduce = jax.vmap(reduce, in_axes=axis - i)  # layers come first
         stacked, layer = _layers(row.mask.shape, spec)
         active = total(spec.target) // math.prod(stacked)
-        grid, k, k_max = parts(layer, _of_layers(row, spec), row.k_max, active)
+        grid, k, k_max = parts(layer, _of_layers(row, spec), row.k_max, active, turn)
         k = k.reshape([n for n in (*stacked, *grid) if n > 1])
         return Exchange(*reduce(*row[:3]), (*stacked, *grid), k, None, k_max)
 

@@ -6,7 +6,7 @@ structure. Structures keep the count of every leaf (`plans.exchange`).
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ class Structure(NamedTuple):
       random_mask: `(key, shape, count) -> mask`, uniformly at random, as the state keeps it.
       fits: `mask -> bool`, whether a concrete mask has the structure.
       reduce: `(mask, drop_score, grow_score) -> the same of what is exchanged`, as tiles.
-      parts: `(shape, k, k_max, active) -> (grid, k, k_max)`: into how many parts each axis of
-        what was reduced is cut, and how many entries of a part change places so that about k of
-        the active weights do, never all; k gets an axis for each axis of more than one part.
+      parts: `(shape, k, k_max, active, turn) -> (grid, k, k_max)`: into how many parts each axis
+        of what was reduced is cut, and how many entries of a part change places so that about k
+        of the active weights do, never all of a part; k gets an axis for each axis of more than
+        one part. `turn` is another number in each round, for what does not share out evenly.
       expand: `(mask, shape) -> mask`: the leaf's mask from that of what was reduced.
       step: `shape -> n`: counts of that shape are multiples of n; None if there is one alone.
       tile: (inputs, outputs) of a tile, if masks and counters are kept for tiles; else ().
@@ -44,7 +45,7 @@ class Structure(NamedTuple):
     random_mask: Callable[[jax.Array, Shape, int], jax.Array]
     fits: Callable[[np.ndarray], bool]
     reduce: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
-    parts: Callable[[Shape, jax.Array, int, int], tuple[Grid, jax.Array, int]] | None = None
+    parts: Callable[..., tuple[Grid, jax.Array, int]] | None = None
     expand: Callable[[jax.Array, Shape], jax.Array] | None = None
     exchange: Callable[..., jax.Array] | None = None
     step: Callable[[Shape], int] | None = None
@@ -132,8 +133,9 @@ def tiles(
     A kernel's input axis (-2) is cut in pieces of `tile[0]` and its output axis (-1) in pieces of
     `tile[1]`; a convolution's other axes belong to the tile. The active part of a kernel is then
     a dense array, and training with `dstee.matmul` takes less time (`dstee.tiles`). A round
-    exchanges the same number of tiles in each column. Masks and counters are kept for tiles: of
-    shape (..., inputs / tile[0], outputs / tile[1]), 1 for each of a convolution's other axes.
+    exchanges as many tiles in each column, or one more in some. Masks and counters are kept for
+    tiles: of shape (..., inputs / tile[0], outputs / tile[1]), 1 for each of a convolution's
+    other axes.
 
     Args:
       tile: (inputs, outputs); must divide the last two axes of every sparse leaf. Small against
@@ -180,11 +182,10 @@ def tiles(
     def reduce(mask, drop_score, grow_score):
         return of_tiles(mask, jnp.any), of_tiles(drop_score, score), of_tiles(grow_score, score)
 
-    def parts(shape: Shape, k: jax.Array, k_max: int, active: int) -> tuple[Grid, jax.Array, int]:
+    def parts(shape, k, k_max, active, turn) -> tuple[Grid, jax.Array, int]:
         *ones, _, columns = kept(shape)
-        k = _shared(k, step(shape), active)
-        if columns > 1:
-            k = jnp.broadcast_to(k[..., None], (*k.shape, columns))
+        each = step(shape) // columns
+        k = _shared(k // each, columns, active // each, turn, some=k > 0)
         return (*ones, 1, columns), k, -(-k_max // step(shape))
 
     def fits(mask: np.ndarray) -> bool:
@@ -206,7 +207,7 @@ def tiles(
 def constant_fan_in(*, output_axis: int = -1) -> Structure:
     """Every output unit keeps the same number of active inputs: SRigL.
 
-    A round exchanges the same number of weights in each unit.
+    A round exchanges as many weights in each unit, or one more in some.
 
     Args:
       output_axis: of the units: -1 for kernels (..., inputs, outputs), as Flax has them, 0 for
@@ -231,12 +232,11 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
         bits = jax.random.bits(key, (fan_in, n), jnp.uint32).T
         return back(jax.vmap(lambda b: largest_bits([b], jnp.uint32(wanted // n))[0])(bits), shape)
 
-    def parts(shape: Shape, k: jax.Array, k_max: int, active: int) -> tuple[Grid, jax.Array, int]:
+    def parts(shape, k, k_max, active, turn) -> tuple[Grid, jax.Array, int]:
         n = units.output_units(shape, output_axis)
         inputs = units.input_axes(shape, output_axis)
         grid = tuple(1 if axis in inputs else n for axis in range(len(shape)))
-        k = _shared(k, n, active)
-        return grid, jnp.broadcast_to(k[..., None], (*k.shape, n)) if n > 1 else k, -(-k_max // n)
+        return grid, _shared(k, n, active, turn, some=k > 0), -(-k_max // n)
 
     def fits(mask: np.ndarray) -> bool:
         sums = mask.sum(units.input_axes(mask.shape, output_axis))
@@ -251,11 +251,31 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
     return Structure(count, random_mask, fits, same, parts, lambda mask, _: mask, step=step)
 
 
-def _shared(k: Any, parts: int, active: int) -> jax.Array:
-    """k // parts, at least 1 while k is above 0; but a part never loses all that it has.
+def _shared(
+    k: jax.Array, parts: int, active: int, turn: jax.Array, *, some: jax.Array
+) -> jax.Array:
+    """How many of k entries, at least one if `some`, each of the parts exchanges.
 
-    What grows starts at zero: a unit that lost all its weights would be dead, and with every unit
-    the layer.
+    Equally many, and one more in as many parts as remain, from another one on in each round. A
+    part never loses all that it has: what grows starts at zero, and a unit that lost all its
+    weights would be dead, and with every unit the layer.
+
+    Args:
+      k: int32, any shape.
+      parts: how many parts.
+      active: entries that all parts together have; equally many each.
+      turn: int32, another number in each round.
+      some: bool, the shape of k.
+
+    Returns:
+      int32, the shape of k and, if there are several parts, an axis of them.
     """
-    k = jnp.asarray(k, jnp.int32)
-    return jnp.where(k > 0, jnp.clip(k // parts, 1, max(active // parts - 1, 0)), 0)
+    most = max(active // parts - 1, 0)
+    k = jnp.clip(jnp.maximum(k, some), 0, most * parts).astype(jnp.int32)
+    if parts == 1:
+        return k
+    every, more = k // parts, k % parts
+    # Multiples of the golden section spread the turns.
+    first = turn.astype(jnp.uint32) * jnp.uint32(2654435769) % jnp.uint32(parts)
+    place = (jnp.arange(parts, dtype=jnp.int32) - first.astype(jnp.int32)) % parts
+    return every[..., None] + (place < more[..., None]).astype(jnp.int32)
