@@ -8,7 +8,7 @@ from PIL import Image
 
 from experiments import mlp
 from experiments.report import figures
-from experiments.studies import length, queue, tiles
+from experiments.studies import growth, length, queue, tiles
 from experiments.training import records
 from tests.tiny_datasets import write_cifar, write_mnist
 
@@ -128,3 +128,35 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     assert "| 32 x 32 |" in shown
     tiles.main([f"--table={path}"])
     assert capsys.readouterr().out in shown
+
+
+class Masks:
+    """A round of one seed, by hand."""
+
+    def __init__(self, before, after, ever):
+        before, after, ever = (np.array(x, bool) for x in (before, after, ever))
+        self.grown, self.dropped, self.after = after & ~before, before & ~after, after
+        self.new = self.grown & ~ever
+
+
+def test_what_a_rule_grew_by_hand():
+    first = Masks([1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0])  # grows 2, which is new
+    second = Masks([0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0])  # grows 0, back from the round before
+    last = np.array([1, 0, 0, 1], bool)
+    found = growth.counted([first, second], last, dead=np.array([0, 0, 1, 0], bool))
+    assert found == {"grown": 2, "new": 50, "back": 50, "dead": 50, "stay": 50, "last": 50}
+
+
+def test_the_growth_study(tmp_path, data_dir, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "METHODS", ("RigL, no regrowth",))
+    rows = {"RigL, no regrowth": ("--method=rigl", "--no-regrow", "--every=3", "--batch=10")}
+    monkeypatch.setattr(growth, "ROWS", rows)
+    monkeypatch.setattr(growth, "name_of", lambda run: run["method"])
+    path = tmp_path / "growth.jsonl"
+    command = [f"--results={path}", f"--data_dir={data_dir}", "--sparsity=0.9"]
+    growth.main([*command, "--epochs=4", "--seeds=2"])
+    (run,) = records.read(path)
+    assert "| rigl |" in capsys.readouterr().out
+    assert run["grown"][0] == run["grown"][1] > 0  # what the drop fraction says, for every seed
+    assert all(0 <= x <= 100 for name in growth.SHARES for x in run[name])
+    assert run["dead"] == [0, 0]  # noise has no constant pixel
