@@ -2,6 +2,7 @@
 
     python -m benchmarks.inference                # about 5 minutes on 2 CPU cores
     python -m benchmarks.inference --widths 1024  # some of it
+    python -m benchmarks.inference --least        # where other programs run: least times
 
 Medians, all forms in turn, in one run, on a machine that does nothing else. Before a form is timed
 come a pause, in which OpenBLAS's threads come to rest, and a call that is not timed. `NumPy` and
@@ -75,11 +76,11 @@ def rested(thunk):
     return run
 
 
-def row(width, tile, sparsity, batch, repeats) -> str:
+def row(width, tile, sparsity, batch, repeats, least) -> str:
     """One line of the table."""
     params, state = layer(width, tile, sparsity)
     thunks, chosen = products(params, state, batch)
-    ms = medians(thunks, repeats)
+    ms = medians(thunks, repeats, least)
     best = min(ms["NumPy"], ms["JAX"])
     dense = "".join(f"{ms[name]:8.3f}" for name in ("NumPy", "JAX"))
     names = (*FORMS, "matmul", "chosen")
@@ -95,13 +96,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--sparsities", type=float, nargs="+", default=SPARSITIES)
     parser.add_argument("--repeats", type=int, default=9, help="of each form")
+    parser.add_argument("--least", action="store_true", help="least times, if other programs run")
     args = parser.parse_args()
     print(f"jax {jax.__version__}, scipy {scipy.__version__}, {jax.devices()[0]}")
     columns = "".join(f"{name:>8}" for name in ("NumPy", "JAX", *FORMS, "matmul", "chosen"))
     print(f"width batch {'tile':>13} sparsity{columns}")
     for width, batch, tile in itertools.product(args.widths, args.batches, TILES):
         for sparsity in args.sparsities:
-            print(row(width, tile, sparsity, batch, args.repeats), flush=True)
+            print(row(width, tile, sparsity, batch, args.repeats, args.least), flush=True)
 
 
 if __name__ == "__main__":
