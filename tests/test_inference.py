@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 import dstee_jax as dstee
-from dstee_jax.inference import choose
+from dstee_jax.inference import choose, timing
 
 KINDS = ["csr", "csc", "threads", "tiles"]
 
@@ -116,6 +117,24 @@ def test_one_form_alone_is_not_timed(form, monkeypatch):
     taken = dstee.inference({"a": kernel}, {"a": full}, forms=[form], threads=2)["a"]
     assert getattr(taken, "kind", "dense") == ("dense" if form == "tiles" else form)
     assert not timed
+
+
+def test_forms_are_timed_in_turn(monkeypatch):
+    called, now = [], iter(range(10**6))
+    monkeypatch.setattr(
+        timing,
+        "time",
+        SimpleNamespace(sleep=lambda _: called.append("pause"), perf_counter=lambda: clock[0]),
+    )
+    clock = [0.0]
+
+    def run(name, seconds):
+        called.append(name)
+        clock[0] += seconds * (1000 if next(now) % 5 == 1 else 1)  # some calls take far longer
+
+    runs = [lambda: run("a", 0.002), lambda: run("b", 0.001)]
+    assert timing.medians(runs, 2) == pytest.approx([2.0, 1.0])
+    assert called == ["pause", *"aaaa", "pause", *"bbbb"] * 2  # the first is not timed
 
 
 def test_it_measures_here():
