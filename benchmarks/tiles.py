@@ -5,8 +5,8 @@
 
 Medians of pairs in turn, in one run, on a machine that does nothing else. Above 1: tiles are
 faster. `mlp` is a whole training step of a 4 x 1024 MLP with adamw, all donated; `lm` one of
-`experiments.lm` at width 512; `layers` forward and gradients of one layer; `inference` one
-example through a layer; `convolutions` forward and gradients of ResNet-50's shapes.
+`experiments.lm` at width 512; `layers` forward and gradients of one layer; `convolutions` those
+of ResNet-50's shapes. Of a trained network: `python -m benchmarks.inference`.
 """
 
 import argparse
@@ -73,18 +73,6 @@ def layers() -> None:
                     thunks = pair(step, normal(2, (batch, width)), *forms)
                     found.append(ratio(*thunks, repeats=7 if width * batch < 2**22 else 3))
                 print(f"  {width:5} x {batch:4}, {tile[0]:3} x {tile[1]:3}: {', '.join(found)}")
-
-
-def inference() -> None:
-    """One example through a layer, against `x @ kernel`."""
-    print("one example through a layer; sparsity 80, 90, 95%")
-    for width in (1024, 4096):
-        for tile in TILES:
-            found = []
-            for sparsity in (0.8, 0.9, 0.95):
-                forms = tiles_of((width, width), tile, sparsity)
-                found.append(ratio(*pair(dstee.matmul, normal(2, (1, width)), *forms), repeats=25))
-            print(f"  {width:5}, {tile[0]:3} x {tile[1]:3}: {', '.join(found)}")
 
 
 def convolutions() -> None:
@@ -265,7 +253,7 @@ def lm() -> None:
         print(f"  tiles of 32 x 32, {1 - tiled.density:.1%} of the blocks' kernels: {found}")
 
 
-PARTS = {f.__name__: f for f in (mlp, lm, layers, inference, convolutions)}
+PARTS = {f.__name__: f for f in (mlp, lm, layers, convolutions)}
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from dstee_jax.exporting import register_for_export
 from dstee_jax.files.convert import save_dense, to_bcsr, to_scipy
 from dstee_jax.files.load import Saved, load
 from dstee_jax.files.save import save
+from dstee_jax.inference.choose import inference
+from dstee_jax.inference.shrink import Shrunk, shrink
 from dstee_jax.masks.given import apply_masks
 from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.rescale import rescale
@@ -51,6 +53,7 @@ __all__ = [
     "Flops",
     "Leaf",
     "Saved",
+    "Shrunk",
     "SparseState",
     "Tiles",
     "apply",
@@ -72,6 +75,7 @@ __all__ = [
     "get_state",
     "get_states",
     "inclusion",
+    "inference",
     "init_masks",
     "kernels",
     "load",
@@ -91,6 +95,7 @@ __all__ = [
     "save_dense",
     "scores",
     "seed_axes",
+    "shrink",
     "soft_threshold",
     "state_shardings",
     "structures",

@@ -67,7 +67,8 @@ def test_blocks_of_the_methods_page_run():
 
 def test_blocks_of_the_speed_page_run(capsys):
     page = README.parent / "docs" / "speed.md"
-    pays, training, comparison = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    pays, training, comparison, inference = blocks
     small = {
         "(256, 1024)": "(8, 64)",
         "(1024, 1024)": "(64, 64)",
@@ -77,7 +78,7 @@ def test_blocks_of_the_speed_page_run(capsys):
     }
     assert all(as_printed in pays + training for as_printed in small)
     namespace = {}
-    for block in (pays, training, comparison):
+    for block in (pays, training, comparison, inference):
         for as_printed, here in small.items():
             block = block.replace(as_printed, here)
         exec(compile(block, str(page), "exec"), namespace)
@@ -94,3 +95,7 @@ def test_blocks_of_the_speed_page_run(capsys):
         assert rectangle["kernel"].shape == (16, 4 * 4, 4)
     assert int(state.counters[0]["kernel"].max()) > 1  # masks moved, and some tiles stayed
     assert namespace["dense_steps"] == {40, 80, 120}
+    y = namespace["x"][:1]
+    for i, layer in enumerate(namespace["dense"]):
+        y = jnp.maximum(y, 0) @ layer["kernel"] if i else y @ layer["kernel"]
+    assert jnp.allclose(namespace["y"], y, rtol=1e-3, atol=1e-4)

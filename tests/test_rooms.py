@@ -39,7 +39,7 @@ FLOORS = {
         ["rules", "tiling"],
         ["masks"],
         ["engine"],
-        ["devices", "files", "measure", "soft_threshold", "tiled_linen", "tiled_nnx"],
+        ["devices", "files", "inference", "measure", "soft_threshold", "tiled_linen", "tiled_nnx"],
         ["exporting", "transform"],
         ["methods"],
         [name for name, (behind, _) in PUBLIC.items() if behind],
