@@ -300,3 +300,14 @@ def test_bad_input(options, message):
     masks = options.pop("masks", {"kernel": np.ones((8, 4), bool)})
     with pytest.raises(ValueError, match=message):
         dstee.inference({"kernel": np.ones((8, 4), np.float32)}, masks, **options)
+
+
+@pytest.mark.parametrize("tile", [(32, 32), (1, 32), (4, 8), (16, 128), (1, 1), (2, 4)])
+def test_tiles_are_found_in_a_mask_of_weights(tile):
+    """As `load` gives it; tiles of fewer than 8 outputs are taken for single weights."""
+    rng = np.random.default_rng(0)
+    of_tiles = rng.random((256 // tile[0], 256 // tile[1])) < 0.3
+    found = choose.of_tiles(np.kron(of_tiles, np.ones(tile, bool)))
+    assert found.shape == ((256, 256) if tile[1] < 8 else of_tiles.shape)
+    if tile[1] >= 8:
+        np.testing.assert_array_equal(found, of_tiles)
