@@ -97,15 +97,20 @@ def test_masks_of_any_shape_and_of_blocks_come_back(tmp_path, shape, block, dens
     same_bits(saved.masks[0], full)
 
 
+def test_a_file_may_be_read_by_whom_the_umask_says(path):
+    dstee.save(path, {"w": np.ones(3)})
+    other = path.with_name("other")
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_gaps_by_hand():
     at = np.array([0, 1, 256, 257 + 254, 2000])  # gaps 0, 0, 254, 254, 1488 = 5 * 255 + 213
     active = np.isin(np.arange(2001), at)
-    path = Path("unused")
     leaf, (values, gaps) = dstee.files.save.encoded((), active.astype(np.float32), None)
     assert gaps.tolist() == [0, 0, 254, 254, 255, 255, 255, 255, 255, 213]
     assert (leaf.form, values.tolist()) == ("gaps", [[1.0]] * 5)
     assert reader.places(gaps).tolist() == at.tolist()
-    assert not path.exists()
     far = np.isin(np.arange(600), [255, 511])  # gaps 255 = 255 + 0 and 255
     assert dstee.files.save.encoded((), far.astype(np.float32), None)[1][1].tolist() == [255, 0] * 2
 
@@ -204,6 +209,8 @@ def test_wrong_arguments_of_save(path):
     with pytest.raises(TypeError, match="JSON"):
         dstee.save(path, params, masks, {"x": np.ones(3)})
     assert not list(path.parent.iterdir())
+    with pytest.raises(FileNotFoundError):
+        dstee.save(path.parent / "nowhere" / "x", params, masks)
 
 
 def test_wrong_arguments_of_load(path):

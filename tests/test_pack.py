@@ -43,7 +43,7 @@ def test_a_seed_of_a_run_in_tiles(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pack.main([str(work), str(file), "--seed=4"])
     assert "--seed 4 is not of the seeds of this run: [3, 5]" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"error: .* can't be written: .*No such file"):
+    with pytest.raises(SystemExit, match=r"error: .*No such file"):
         pack.main([str(work), str(tmp_path / "nowhere" / "x")])
 
 

@@ -78,7 +78,10 @@ def write_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, 
     """Write a .safetensors file in one go: who is killed meanwhile leaves the file as it was."""
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it: safetensors writes for the owner alone
         save_file(tensors, part, metadata=metadata)
+        part.chmod(mode)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
