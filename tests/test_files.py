@@ -213,6 +213,20 @@ def test_wrong_arguments_of_save(path):
         dstee.save(path.parent / "nowhere" / "x", params, masks)
 
 
+def test_a_disk_that_is_full_leaves_the_old_file(path, monkeypatch):
+    dstee.save(path, {"w": np.ones(3)})
+
+    def full(tensors, part, metadata):
+        part.write_bytes(b"half")
+        raise safetensors.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(sys.modules["dstee_jax.files.save"], "save_file", full)
+    with pytest.raises(OSError, match=r"model.safetensors can't be written: No space left"):
+        dstee.save(path, {"w": np.zeros(3)})
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert dstee.load(path).params["w"].all()
+
+
 def test_wrong_arguments_of_load(path):
     params, masks = network()
     with pytest.raises(FileNotFoundError, match="there is no file"):

@@ -235,10 +235,7 @@ def _check_memory(path: Any, leaves: Iterable[Leaf]) -> None:
 
 def _decoded(path: Any, leaf: Leaf, file: Any) -> tuple[np.ndarray, np.ndarray | None]:
     """The stored type's dense array, and the mask of a leaf that has one."""
-    try:
-        values, *where = (file.get_tensor(name) for name in leaf.tensors())
-    except SafetensorError as error:
-        raise _changed(path, str(error)) from error
+    values, *where = (file.get_tensor(name) for name in leaf.tensors())
     if checksum([values, *where]) != leaf.checksum:
         raise _changed(path, f"{leaf.name} does not have the checksum that it was saved with")
     if leaf.form == "dense":
