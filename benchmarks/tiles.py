@@ -129,20 +129,28 @@ class Training:
 
     def __init__(self, loss, params, batch, tx, rounds=None):
         self.params, self.batch, self.tx = jax.tree.map(jnp.copy, params), batch, tx
-        self.state, self.tiles, self.rounds = jax.jit(tx.init)(params), None, rounds
-        self.nothing = jax.tree.map(lambda _: None, params)
+        self.state, self.rounds = jax.jit(tx.init)(params), rounds
+        self.tiles = nothing = jax.tree.map(lambda _: None, params)
+        shapes = jax.eval_shape(lambda: params)
         if rounds is not None:
             self.params = dstee.apply_masks(self.params, self.state)
-            self._to_tiles()
+            self.tiles = dstee.tiles(self.state, shapes)
+            self.params = dstee.to_tiles(self.params, self.tiles)
         self.begin(0)
 
-        @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 1))
-        def step(params, state, tiles, batch, mask_step):
+        @functools.partial(jax.jit, static_argnames="dense", donate_argnums=(0, 1))
+        def step(params, state, tiles, batch, dense):
+            if dense:
+                params, tiles = dstee.to_dense(params, tiles), nothing
             grads = jax.grad(loss)(params, tiles, *batch)
-            if rounds is not None:
-                return dstee.apply(tx, grads, state, params, mask_step=mask_step)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+            if rounds is None:
+                updates, state = tx.update(grads, state, params)
+                return optax.apply_updates(params, updates), state, tiles
+            params, state = dstee.apply(tx, grads, state, params, mask_step=dense)
+            if dense:
+                tiles = dstee.tiles(state, shapes)
+                params = dstee.to_tiles(params, tiles)
+            return params, state, tiles
 
         self.step = step
 
@@ -152,19 +160,11 @@ class Training:
         if self.rounds is not None:
             self.state = self.state._replace(count=jnp.int32(count))
 
-    def _to_tiles(self):
-        self.tiles = jax.jit(dstee.tiles)(self.state, self.params)
-        self.params = jax.jit(dstee.to_tiles)(self.params, self.tiles)
-
     def __call__(self):
         self.count += 1
         due = self.rounds is not None and self.count in self.rounds
-        if due:
-            self.params = jax.jit(dstee.to_dense)(self.params, self.tiles)
-        tiles = self.nothing if self.rounds is None or due else self.tiles
-        self.params, self.state = self.step(self.params, self.state, tiles, self.batch, due)
-        if due:
-            self._to_tiles()
+        held = self.params, self.state, self.tiles
+        self.params, self.state, self.tiles = self.step(*held, self.batch, due)
         return self.params
 
 
@@ -183,7 +183,7 @@ def training(name, loss, params, batch, inner, sparsity, tile, **options):
 
     tiled.begin(EVERY)
     tiled_hundred = functools.partial(some, tiled, EVERY)
-    t = medians({"dense": functools.partial(some, dense, 10), "tiled": tiled_hundred}, repeats=2)
+    t = medians({"dense": functools.partial(some, dense, 10), "tiled": tiled_hundred}, repeats=3)
     mean = f"{EVERY / 10 * t['dense'] / t['tiled']:.2f}"
     actual = 1 - float(dstee.density(tiled.state))
     what = f"{name}, tiles of {tile[0]} x {tile[1]}, {actual:.1%}"
