@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from dstee_jax.tiling.products import matmul
+from dstee_jax.tiling.products import along, matmul
 from dstee_jax.tiling.tiles import Tiles
 
 
@@ -55,11 +55,13 @@ class Dense(nn.Module):
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Inputs of shape (..., inputs) to (..., features)."""
+    def __call__(self, inputs: jax.Array, *, axis: int = -1) -> jax.Array:
+        """Inputs of shape (..., inputs) to (..., features); with `axis=0`, as of `dstee.matmul`,
+        of shape (inputs, ...) to (features, ...).
+        """
         tiles: Tiles | None = self.get_variable("tiles", "kernel")
         if tiles is None:
-            shape = (inputs.shape[-1], self.features)
+            shape = (inputs.shape[axis], self.features)
             kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         else:
             kernel = self.get_variable("params", "kernel")
@@ -67,5 +69,5 @@ class Dense(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        y = matmul(inputs, kernel, tiles)
-        return y if bias is None else y + bias
+        y = matmul(inputs, kernel, tiles, axis=axis)
+        return y if bias is None else y + along(bias, y, axis)

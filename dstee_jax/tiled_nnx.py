@@ -10,7 +10,7 @@ from flax import nnx
 
 from dstee_jax.state import get_states
 from dstee_jax.tiling.forms import is_tiles, tiles, to_dense, to_tiles
-from dstee_jax.tiling.products import matmul
+from dstee_jax.tiling.products import along, matmul
 from dstee_jax.tiling.tiles import Tiles
 from dstee_jax.trees import PyTree, path_name, unwrap
 
@@ -58,14 +58,16 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self.tiles = TileIndex(None)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:  # type: ignore[override]
-        """Inputs of shape (..., inputs) to (..., outputs)."""
+    def __call__(self, inputs: jax.Array, *, axis: int = -1) -> jax.Array:  # type: ignore[override]
+        """Inputs of shape (..., inputs) to (..., outputs); with `axis=0`, as of `dstee.matmul`,
+        of shape (inputs, ...) to (outputs, ...).
+        """
         bias = None if self.bias is None else self.bias[...]
         inputs, kernel, bias = self.promote_dtype(
             (inputs, self.kernel[...], bias), dtype=self.dtype
         )
-        y = matmul(inputs, kernel, self.tiles.get_value())
-        return y if bias is None else y + bias
+        y = matmul(inputs, kernel, self.tiles.get_value(), axis=axis)
+        return y if bias is None else y + along(bias, y, axis)
 
 
 def set_tiles(model: nnx.Module, opt_state_or_tiles: PyTree) -> None:

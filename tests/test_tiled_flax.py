@@ -271,3 +271,19 @@ def test_equinox_by_functions_trains_in_tiles_as_dense():
 def test_the_package_needs_no_flax():
     code = "import sys; sys.modules['flax'] = None; import dstee_jax; dstee_jax.matmul"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_layers_with_features_first():
+    x = jax.random.normal(jax.random.key(3), (2, 5, 16))
+    first = jnp.moveaxis(x, -1, 0)
+    model = Linear(16, 8, rngs=nnx.Rngs(0))
+    model.bias.set_value(jnp.arange(8.0))
+    np.testing.assert_allclose(
+        jnp.moveaxis(model(first, axis=0), 0, -1), model(x), rtol=1e-5, atol=1e-6
+    )
+    dense = Dense(8, bias_init=nn.initializers.normal())
+    variables = dense.init(jax.random.key(0), first, axis=0)
+    y = dense.apply(variables, x)
+    np.testing.assert_allclose(
+        jnp.moveaxis(dense.apply(variables, first, axis=0), 0, -1), y, rtol=1e-5, atol=1e-6
+    )

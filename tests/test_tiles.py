@@ -429,3 +429,29 @@ def test_tiles_are_a_pytree_with_one_array():
     assert (again.tile, again.shape) == (ONE.tile, ONE.shape)
     equal(again.index, ONE.index)
     assert jax.tree.leaves(dstee.no_tiles(TILES)) == []
+
+
+# --- features first
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (512,)])
+def test_matmul_with_features_first(batch):
+    tiles = random_tiles((8, 12), (2, 4), 3)
+    x, rectangle = normal(1, (*batch, 8)), normal(2, tiles.rectangle_shape)
+    first = jnp.moveaxis(x, -1, 0)
+
+    def loss(x, kernel, tiles, axis):
+        y = dstee.matmul(x, kernel, tiles, axis=axis)
+        return jnp.sum(jnp.sin(y)), y
+
+    for kernel, at in ((rectangle, tiles), (tiles.dense(rectangle), None)):
+        (of_x, of_kernel), y = jax.grad(loss, (0, 1), has_aux=True)(first, kernel, at, 0)
+        (for_x, for_kernel), expected = jax.grad(loss, (0, 1), has_aux=True)(x, kernel, at, -1)
+        close((jnp.moveaxis(y, 0, -1), jnp.moveaxis(of_x, 0, -1)), (expected, for_x))
+        close(of_kernel, for_kernel)
+    with pytest.raises(ValueError, match="axis=1 of x must be -1, features last, or 0"):
+        dstee.matmul(x, rectangle, tiles, axis=1)
+    with pytest.raises(ValueError, match=r"x has shape \(9,.* needs 8 on the first axis"):
+        dstee.matmul(jnp.ones((9, 8)), rectangle, tiles, axis=0)
+    with pytest.raises(ValueError, match=r"dense kernel of shape \(8, 12\).*\(inputs, \.\.\.\)"):
+        dstee.matmul(jnp.ones((9, 8)), tiles.dense(rectangle), axis=0)

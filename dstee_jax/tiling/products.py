@@ -19,41 +19,61 @@ from dstee_jax.selection.parts import varying_axes
 from dstee_jax.tiling.tiles import Tiles
 
 
-def matmul(x: jax.Array, kernel: jax.Array, tiles: Tiles | None = None) -> jax.Array:
+def matmul(
+    x: jax.Array, kernel: jax.Array, tiles: Tiles | None = None, *, axis: int = -1
+) -> jax.Array:
     """`x @ kernel`, of a dense kernel or of one in tiles.
 
     Exact to rounding; differentiable (in reverse mode) with respect to `x` and `kernel`.
 
     Args:
-      x: shape (..., inputs).
+      x: shape (..., inputs), or (inputs, ...) with `axis=0`.
       kernel: shape (inputs, outputs); with `tiles`, their rectangle, shape (columns of tiles,
         active * tile[0], tile[1]), as `dstee.to_tiles` makes it.
       tiles: of the kernel, of `dstee.tiles`; None if it is dense.
+      axis: of x that has the inputs, and of the result that has the outputs: -1 or 0. Products
+        with tiles are computed with features first: between layers that follow each other, 0
+        saves transposing what the first one gives.
 
     Returns:
-      Shape (..., outputs), dtype of `x @ kernel`.
+      Shape (..., outputs), or (outputs, ...); dtype of `x @ kernel`.
 
     Raises:
-      ValueError: shapes do not fit; names them.
+      ValueError: shapes do not fit; names them. Another axis.
 
     Example:
       >>> import dstee_jax as dstee, jax, jax.numpy as jnp
       >>> tiles = dstee.Tiles(jnp.array([[0], [1]]), tile=(2, 1), shape=(4, 2))
       >>> dstee.matmul(jnp.arange(4.0), jnp.ones((2, 2, 1)), tiles).tolist()
       [1.0, 5.0]
+      >>> dstee.matmul(jnp.ones((4, 3)), jnp.ones((2, 2, 1)), tiles, axis=0).shape
+      (2, 3)
     """
     _check_examples(x, kernel)
+    if axis not in (-1, 0):
+        raise ValueError(f"axis={axis} of x must be -1, features last, or 0, features first.")
     if tiles is None:
-        if kernel.ndim != 2 or x.shape[-1:] != kernel.shape[:1]:
+        if kernel.ndim != 2 or x.ndim < 1 or x.shape[axis] != kernel.shape[0]:
             raise ValueError(
                 f"x of shape {x.shape} and a dense kernel of shape {kernel.shape} do not fit: x "
-                "needs (..., inputs), the kernel (inputs, outputs); a rectangle needs tiles=."
+                f"needs {_LAYOUT[axis]}, the kernel (inputs, outputs); a rectangle needs tiles=."
             )
-        return x @ kernel
-    _check(x, kernel, tiles, 2)
+        return x @ kernel if axis else jnp.tensordot(kernel, x, (0, 0))
+    _check(x, kernel, tiles, 2, axis)
+    if not axis:
+        y = _product(x.reshape(len(x), -1), kernel, tiles)
+        return y.reshape(tiles.shape[-1], *x.shape[1:])
     *batch, inputs = x.shape
-    y = _product(x.reshape(math.prod(batch), inputs), kernel, tiles)
+    y = _product(x.reshape(math.prod(batch), inputs).T, kernel, tiles).T
     return y.reshape(*batch, tiles.shape[-1])
+
+
+def along(bias: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """A vector to be added along an axis, -1 or 0."""
+    return bias if axis else bias.reshape(-1, *(1,) * (y.ndim - 1))
+
+
+_LAYOUT = {-1: "(..., inputs)", 0: "(inputs, ...)"}
 
 
 def conv(
@@ -109,15 +129,15 @@ def conv(
         stop = [a + (n - 1) * step + 1 for a, n, step in zip(at, out, steps, strict=True)]
         seen = lax.slice(x, (0, *at, 0), (len(x), *stop, x.shape[-1]), (1, *steps, 1))
         part = by_place[:, :, i].reshape(columns, -1, tiles.tile[1])
-        y += _product(seen.reshape(-1, x.shape[-1]), part, tiles)
+        y += _product(seen.reshape(-1, x.shape[-1]).T, part, tiles).T
     return y.reshape(len(x), *out, tiles.shape[-1])
 
 
 def _product(x: jax.Array, kernel: jax.Array, tiles: Tiles) -> jax.Array:
-    """x @ kernel for one place of the kernel; x of shape (examples, inputs)."""
+    """kernel.T @ x for one place of the kernel; x of shape (inputs, examples)."""
     dtype = jnp.result_type(x, kernel)
     x, kernel, index = _varying_alike(x.astype(dtype), kernel.astype(dtype), tiles.index)
-    return _multiplied(tiles.rows, x.T, kernel, index).T
+    return _multiplied(tiles.rows, x, kernel, index)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -239,7 +259,7 @@ def _check_examples(x: jax.Array, kernel: jax.Array) -> None:
         )
 
 
-def _check(x: jax.Array, kernel: jax.Array, tiles: Tiles, ndim: int) -> None:
+def _check(x: jax.Array, kernel: jax.Array, tiles: Tiles, ndim: int, axis: int = -1) -> None:
     if tiles.index.ndim != 2 or len(tiles.shape) != ndim:
         raise ValueError(
             f"tiles of a kernel of shape {tiles.kernel_shape} and index {tiles.index.shape} are "
@@ -252,8 +272,9 @@ def _check(x: jax.Array, kernel: jax.Array, tiles: Tiles, ndim: int) -> None:
             f"{tiles.rectangle_shape} of a dense {tiles.kernel_shape}: pass "
             "dstee.to_tiles(params, tiles) with the same tiles, or no tiles with a dense kernel."
         )
-    if x.ndim < ndim - 1 or x.shape[-1] != tiles.shape[-2]:
+    if x.ndim < ndim - 1 or x.shape[axis] != tiles.shape[-2]:
+        where = "last" if axis else "first"
         raise ValueError(
             f"x has shape {x.shape}, where a kernel of shape {tiles.shape} needs "
-            f"{tiles.shape[-2]} on the last axis" + (f" of {ndim}." if ndim > 2 else ".")
+            f"{tiles.shape[-2]} on the {where} axis" + (f" of {ndim}." if ndim > 2 else ".")
         )

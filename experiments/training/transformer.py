@@ -35,6 +35,7 @@ class Block(nnx.Module):
         self, layers: int, width: int, heads: int, *, tiled: bool, dtype: Any, rngs: nnx.Rngs
     ):
         options = {"dtype": dtype, "rngs": rngs}
+        self.tiled = tiled
         linear = Linear if tiled else nnx.Linear
         # All 2 * layers branches of the network together add a variance of about 1.
         last = nnx.initializers.variance_scaling(1 / (2 * layers), "fan_in", "truncated_normal")
@@ -49,7 +50,12 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), mask=nnx.make_causal_mask(x[..., 0]))
-        return x + self.down(jax.nn.gelu(self.up(self.norm(x))))
+        if not self.tiled:
+            return x + self.down(jax.nn.gelu(self.up(self.norm(x))))
+        # Features first: products with tiles give the hidden layer so, and read it so.
+        y = jnp.moveaxis(self.norm(x), -1, 0)
+        y = self.down(jax.nn.gelu(self.up(y, axis=0)), axis=0)
+        return x + jnp.moveaxis(y, 0, -1)
 
 
 class Transformer(nnx.Module):
