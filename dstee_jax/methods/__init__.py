@@ -16,9 +16,12 @@ from dstee_jax.methods.exchange import (
 )
 from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
 from dstee_jax.methods.redistribute import dsr, snfs
+from dstee_jax.methods.topological import cht, chts
 
 __all__ = [
     "admm",
+    "cht",
+    "chts",
     "deep_r",
     "dsr",
     "dst_ee",

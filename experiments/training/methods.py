@@ -68,6 +68,8 @@ METHODS = {
     "set_itop": Method(methods.set_itop, ("every",)),
     "snfs": Method(methods.snfs, ("every",)),
     "dsr": Method(methods.dsr, ("every",)),
+    "cht": Method(methods.cht, ("every", "stop", "drop_fraction")),
+    "chts": Method(methods.chts, ("every", "stop", "drop_fraction")),
     "mest": Method(methods.mest, ("every",)),
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
