@@ -4,6 +4,7 @@ Each takes `inner` and the keyword arguments of `dstee.transform`, which overrid
 defaults, and returns the same kind of transformation.
 """
 
+from dstee_jax.methods.alternating import ac_dc
 from dstee_jax.methods.exchange import (
     deep_r,
     dst_ee,
@@ -19,6 +20,7 @@ from dstee_jax.methods.redistribute import dsr, snfs
 from dstee_jax.methods.topological import cht, chts
 
 __all__ = [
+    "ac_dc",
     "admm",
     "cht",
     "chts",

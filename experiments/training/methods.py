@@ -62,6 +62,7 @@ METHODS = {
     "admm": Method(methods.admm),
     "gap": Method(methods.gap),
     "granet": Method(methods.granet, ("every",)),
+    "ac_dc": Method(methods.ac_dc, ("every", "start", "stop")),
     # sparse from the first step to the last
     "deep_r": Method(methods.deep_r),
     "set": Method(methods.set, _SCHEDULE),
