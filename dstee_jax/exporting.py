@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import export
 
-from dstee_jax.soft_threshold import Thresholded
+from dstee_jax.reparameterised.soft_threshold import Thresholded
 from dstee_jax.state import RuleState, SparseState
 from dstee_jax.trees import PyTree
 

@@ -1,3 +1,4 @@
 """Structures: which masks are allowed. N:M, blocks, constant fan-in."""
 
+from dstee_jax.rules.channels import *  # noqa: F403
 from dstee_jax.rules.structures import *  # noqa: F403

@@ -284,6 +284,78 @@ def test_gap_rotates_dense_parts_and_prunes_in_the_end():
             np.testing.assert_allclose(kernel(after, name), w * now, atol=1e-6)  # grown: at zero
 
 
+@pytest.mark.parametrize("overall", [True, False])
+def test_ac_dc(overall):
+    """Dense to 12, then 6 sparse and 9 dense steps in turn, sparse from 48."""
+    tx = methods.ac_dc(
+        optax.sgd(0.01),
+        start=0.2,
+        stop=0.8,
+        sparse_phase=0.1,
+        dense_phase=0.15,
+        plan=plans.alternate(overall=overall),
+        **MAKE,
+    )
+    begins = [12, 18, 27, 33, 48]  # the sparse phase from 42 would end on 48: left out
+    assert list(dstee.mask_steps_of(tx)) == begins
+    steps = trajectory(tx)
+    targets = {name: round(0.2 * kernel(make_params(), name).size) for name in NAMES}
+    if not overall:  # erk's own
+        targets = {name: int(kernel(steps[-1][1].masks, name).sum()) for name in NAMES}
+    masks = {name: np.ones(kernel(make_params(), name).shape, bool) for name in NAMES}
+    weight = {name: kernel(make_params(), name).astype(np.float64) for name in NAMES}
+    for t in range(1, STEPS + 1):
+        for name in NAMES:
+            weight[name] = weight[name] - 0.01 * kernel(steps[t - 1][2], name) * masks[name]
+        if t in (12, 27, 48):
+            entries = [(w, name) for name in NAMES for w in abs(weight[name]).ravel()]
+            kept = [name for _, name in sorted(entries)[-sum(targets.values()) :]]
+            goals = {name: kept.count(name) for name in NAMES} if overall else targets
+            for name, w in weight.items():
+                everything = np.ones(w.shape, bool)
+                masks[name] = swap(everything, abs(w), w, w.size - goals[name], 0)
+                weight[name] = w * masks[name]
+        elif t in (18, 33):
+            masks = {name: np.ones_like(mask) for name, mask in masks.items()}
+        for name in NAMES:
+            np.testing.assert_array_equal(kernel(steps[t][1].masks, name), masks[name])
+            np.testing.assert_allclose(kernel(steps[t][0], name), weight[name], atol=2e-5)
+
+
+def test_ac_dc_phases_are_the_papers():
+    def begins(total, **shares):
+        tx = methods.ac_dc(sparsity=0.9, total_steps=total, key=KEY, **shares)
+        return list(dstee.mask_steps_of(tx))
+
+    assert begins(1000) == [*range(100, 751, 50), 850]  # ResNet-50's 100 epochs
+    cifar = {"start": 0.05, "stop": 0.85, "sparse_phase": 0.1, "dense_phase": 0.1}
+    assert begins(200, **cifar) == list(range(10, 171, 20))
+    assert begins(20, start=0.9, stop=0.9) == [18]
+
+
+def test_global_saliency_is_one_threshold_over_normalized_scores():
+    """As JaxPruner's global pruners: |w g| of a leaf over its norm, all leaves together."""
+    tx = methods.gmp(
+        optax.sgd(0.0),
+        overall=True,
+        every=30,
+        stop=0.5,
+        drop=dstee.scores.normalized(dstee.scores.saliency()),
+        **MAKE,
+    )
+    steps = trajectory(tx)
+    (params, _, grads), (_, new, _) = steps[29], steps[30]
+    entries = []
+    for name in NAMES:
+        score = abs(kernel(params, name) * kernel(grads, name))
+        score = score / (np.linalg.norm(score) + 1e-8)
+        entries += [(x, name, i) for i, x in enumerate(score.ravel())]
+    best = sorted(entries)[-80:]
+    for name in NAMES:
+        kept = np.flatnonzero(kernel(new.masks, name).ravel())
+        assert kept.tolist() == sorted(i for _, n, i in best if n == name)
+
+
 @pytest.mark.parametrize("reweighted", [True, False])
 def test_admm(reweighted):
     lr, rho = 0.05, 0.5
@@ -387,6 +459,7 @@ def _apportion(leaves):
         (lambda: methods.mest_ems(**(MAKE | {"sparsity": {"a": 0.1}})), "one sparsity for the"),
         (lambda: methods.gap(partitions=1, **MAKE), "partitions=1 must be at least 2"),
         (lambda: methods.gmp(initial_sparsity=1.0, **MAKE), "initial_sparsity=1.0 must be in"),
+        (lambda: methods.ac_dc(start=0.9, **MAKE), "start=0.9, stop=0.85, .* start comes first"),
         (lambda: methods.gmp(start=0.9, **MAKE), "start=0.9 and end=0.75 must be in order"),
         (
             lambda: methods.granet(every=5, **(MAKE | {"sparsity": 0.3})).init(make_params()),

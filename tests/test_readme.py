@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import pytest
 
 import dstee_jax as dstee
 
@@ -63,6 +65,27 @@ def test_blocks_of_the_methods_page_run():
     params = {"kernel": jnp.ones((16, 8))}
     assert int(namespace["two_in_four"].init(params).masks["kernel"].sum()) == 64
     assert int(namespace["momentum_gmp"].init(params).masks["kernel"].sum()) == 64
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_blocks_of_the_jaxpruner_page_run(capsys):
+    page = README.parent / "docs" / "from_jaxpruner.md"
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, str(page), "exec"), namespace)
+    assert "hidden/kernel" in capsys.readouterr().out
+    assert dstee.density(namespace["opt_state"]) == jnp.float32(103 / 512)
+    assert (namespace["ste_grads"]["hidden"]["kernel"] != 0).all()
+    params = namespace["params"]
+    assert int((params["hidden"]["kernel"] != 0).sum()) == 51
+    named = namespace["algorithms"] | namespace["types"]
+    named |= {name: namespace[name] for name in ("one_shot", "linear", "custom")}
+    for tx in named.values():
+        state = tx.init(params)
+        updates, _ = jax.eval_shape(tx.update, params, state, params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+    state = dstee.get_state(named["channel_-1"].init(params))
+    assert state.masks["hidden"]["kernel"].all(0).sum() == 16
 
 
 def test_blocks_of_the_speed_page_run(capsys):

@@ -28,7 +28,10 @@ PUBLIC = {
     "plans": ("rules", "exchange"),
     "scores": ("rules", "magnitude"),
     "structures": ("rules", "n_m"),
-    "soft_threshold": (None, "apply"),
+    "powerpropagation": ("reparameterised", "apply"),
+    "soft_threshold": ("reparameterised", "apply"),
+    "straight_through": ("reparameterised", "apply"),
+    "top_kast": ("reparameterised", "apply"),
 }
 
 # From the ground up: a room imports rooms of lower floors alone, and none of its own floor.
@@ -39,7 +42,7 @@ FLOORS = {
         ["rules", "tiling"],
         ["masks"],
         ["engine"],
-        ["devices", "files", "inference", "measure", "soft_threshold", "tiled_linen", "tiled_nnx"],
+        ["devices", "files", "inference", "measure", "reparameterised", "tiled_linen", "tiled_nnx"],
         ["exporting", "transform"],
         ["methods"],
         [name for name, (behind, _) in PUBLIC.items() if behind],

@@ -72,7 +72,9 @@ def whole_masks(kind):
 
 
 UNIFORM = {"distribution": dstee.uniform, "sparsity": 0.5}
-METHODS = {name: (getattr(methods, name), {}) for name in methods.__all__}
+TWO_AXES = {"where": lambda path, leaf: jnp.ndim(leaf) == 2}
+OWN = {"cht": TWO_AXES, "chts": TWO_AXES}
+METHODS = {name: (getattr(methods, name), OWN.get(name, {})) for name in methods.__all__}
 OPTIONS = {
     "packed": {"packed": True},
     "indices": {"indices": True},
@@ -100,6 +102,8 @@ OPTIONS = {
     "uint32": {"counter_dtype": jnp.uint32},
     "acquisition": {"grow": scores.acquisition(normalize=True, signed=True)},
     "random": {"grow": scores.random(), "regrow": True},
+    "saliency": {"drop": scores.normalized(scores.saliency())},
+    "sampled": {"drop": scores.sampled(scores.magnitude(), 2.0)},
     "update_weights": {"update_weights": True},
     "callable every": {"every": lambda step: 3},
     "schedule": {"drop_fraction": optax.constant_schedule(0.3)},

@@ -21,10 +21,10 @@ import optax
 from dstee_jax.masks import distributions
 from dstee_jax.masks.counts import Where
 from dstee_jax.masks.random import init_masks
-from dstee_jax.masks.where import kernels
+from dstee_jax.masks.where import kernels, selected
 from dstee_jax.rules.units import output_units
 from dstee_jax.selection.bisection import largest_of_all
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
+from dstee_jax.trees import PyTree
 
 Loss = Callable[[PyTree, Any], jax.Array]
 
@@ -73,7 +73,7 @@ def magnitude(
       {'kernel': Array([[False,  True],
              [ True, False]], dtype=bool)}
     """
-    chosen = _selected(params, where)
+    chosen = selected(params, where)
     return _keep_best(params, chosen, [jnp.abs(w) for w in _picked(params, chosen)], sparsity)
 
 
@@ -113,7 +113,7 @@ def snip(
       dense and the weights are kept.
     """
     loss = _need(fn, batch, "snip")
-    chosen = _selected(params, where)
+    chosen = selected(params, where)
     weights = _picked(params, chosen)
     grads = jax.grad(_of_selected(loss, params, chosen, batch))(weights)
     scores = [jnp.abs(w * g) for w, g in zip(weights, grads, strict=True)]
@@ -155,7 +155,7 @@ def grasp(
       Eq. 8 and Algorithm 1.
     """
     loss = _need(fn, batch, "grasp")
-    chosen = _selected(params, where)
+    chosen = selected(params, where)
     weights = _picked(params, chosen)
     grad = jax.grad(_of_selected(loss, params, chosen, batch))
     _, product = jax.jvp(grad, (weights,), (grad(weights),))
@@ -216,7 +216,7 @@ def synflow(
     network = _need(fn, batch, "synflow")
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1; the paper takes 100.")
-    chosen = _selected(params, where)
+    chosen = selected(params, where)
     leaves, treedef = jax.tree.flatten(params)
     positive = [jnp.abs(leaf) for leaf in leaves]
     weights = [positive[i] for i in chosen]
@@ -259,16 +259,6 @@ def synflow(
             "outputs. Check fn and params."
         )
     return _as_masks(params, chosen, jax.lax.fori_loop(0, rounds, prune, everything))
-
-
-def _selected(params: PyTree, where: Where) -> list[int]:
-    """Indices of the leaves that `where` selects."""
-    pairs = [pair for pair in leaves_with_path(params) if not is_dense(pair[1])]
-    chosen = [i for i, (path, leaf) in enumerate(pairs) if where(path, leaf)]
-    if not chosen:
-        names = [path_name(path) for path, _ in pairs]
-        raise ValueError(f"where selects none of {names}: make it True for at least one.")
-    return chosen
 
 
 def _picked(params: PyTree, chosen: list[int]) -> list[jax.Array]:

@@ -1,11 +1,12 @@
 """Which leaves are sparse."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
-from dstee_jax.trees import path_name
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
 
 # Words that the name of a leaf ends in, or begins with, if it is no kernel.
 _TABLES = {"embed", "embeds", "embedding", "embeddings", "embedder", "emb", "embs", "posemb"}
@@ -62,6 +63,16 @@ def kernels(path: Any, leaf: Any) -> bool:
         table = layer[-1] in _TABLES and "patch" not in layer and leaf.ndim == 2
         return not table and not _NORMS.intersection(layer)
     return name[-1] not in _TABLES | _VECTORS and name[0] not in _BEGINNINGS
+
+
+def selected(params: PyTree, where: Callable[[Any, Any], bool]) -> list[int]:
+    """Indices of the leaves that `where` selects; a ValueError if there is none."""
+    pairs = [pair for pair in leaves_with_path(params) if not is_dense(pair[1])]
+    found = [i for i, (path, leaf) in enumerate(pairs) if where(path, leaf)]
+    if not found:
+        names = [path_name(path) for path, _ in pairs]
+        raise ValueError(f"where selects none of {names}: make it True for at least one.")
+    return found
 
 
 def _words(part: str) -> list[str]:

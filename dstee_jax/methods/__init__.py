@@ -4,6 +4,7 @@ Each takes `inner` and the keyword arguments of `dstee.transform`, which overrid
 defaults, and returns the same kind of transformation.
 """
 
+from dstee_jax.methods.alternating import ac_dc
 from dstee_jax.methods.exchange import (
     deep_r,
     dst_ee,
@@ -16,9 +17,13 @@ from dstee_jax.methods.exchange import (
 )
 from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
 from dstee_jax.methods.redistribute import dsr, snfs
+from dstee_jax.methods.topological import cht, chts
 
 __all__ = [
+    "ac_dc",
     "admm",
+    "cht",
+    "chts",
     "deep_r",
     "dsr",
     "dst_ee",

@@ -93,6 +93,16 @@ def halved_by_thirds(total_steps: int) -> optax.Schedule:
     return schedule
 
 
+def linear(total_steps: int, first: float, last: float) -> optax.Schedule:
+    """From `first` at step 0 to `last` at the end, in a straight line."""
+    steps = max(total_steps, 1)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        return first + (last - first) * (jnp.minimum(count, steps).astype(jnp.float32) / steps)
+
+    return schedule
+
+
 def itop(total_steps: int) -> dict[str, Any]:
     """ITOP's setting: the optimizer steps first, rounds to the end, just-dropped may regrow."""
     return {

@@ -6,18 +6,29 @@ total, or change the total over time; they combine with any drop and grow score.
 are traced, so a mask update costs the same, whatever they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.rules import counting
+from dstee_jax.rules.counting import Counts, apportion
 from dstee_jax.rules.schedule import portion
 from dstee_jax.rules.scores import Score
-from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.state import Leaf
 
-Counts = Sequence[jax.Array | int]
+__all__ = [
+    "Plan",
+    "Round",
+    "adaptive_threshold",
+    "apportion",
+    "below_zero",
+    "exchange",
+    "gradual",
+    "redistribute",
+    "rotation",
+]
 
 
 class Round(NamedTuple):
@@ -104,7 +115,7 @@ def below_zero() -> Plan:
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
         k = [
-            _count(leaf.mask & (score < 0))
+            counting.active(leaf.mask & (score < 0))
             for leaf, score in zip(round_.leaves, round_.drop_scores, strict=True)
         ]
         return k, k, round_.state
@@ -127,13 +138,13 @@ def redistribute(importance: Score, *, cap: float = 0.99) -> Plan:
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
         drops, free, weights = [], [], []
         for leaf in round_.leaves:
-            active = _count(leaf.mask)
+            active = counting.active(leaf.mask)
             value = jnp.sum(jnp.where(leaf.mask, importance(leaf), 0), dtype=jnp.float32)
             weights.append(value / jnp.maximum(active, 1).astype(jnp.float32))
             # A leaf never loses its last weight.
             drops.append(jnp.minimum(portion(round_.fraction, active), jnp.maximum(active - 1, 0)))
             free.append(leaf.mask.size - active)
-        return *_regrow(drops, free, weights, cap), round_.state
+        return *counting.regrow(drops, free, weights, cap), round_.state
 
     return Plan(amounts)
 
@@ -155,17 +166,17 @@ def adaptive_threshold(initial: float = 1e-3, *, tolerance: float = 0.1) -> Plan
         threshold = round_.state
         drops, free, survivors = [], [], []
         for leaf, score in zip(round_.leaves, round_.drop_scores, strict=True):
-            active = _count(leaf.mask)
-            below = _count(leaf.mask & (score < threshold.astype(score.dtype)))
+            active = counting.active(leaf.mask)
+            below = counting.active(leaf.mask & (score < threshold.astype(score.dtype)))
             drop = jnp.minimum(below, jnp.maximum(active - 1, 0))
             drops.append(drop)
             survivors.append((active - drop).astype(jnp.float32))
             free.append(leaf.mask.size - active)
-        dropped = _total(drops).astype(jnp.float32)
-        wanted = round_.fraction * (_total(survivors) + dropped)
+        dropped = counting.summed(drops).astype(jnp.float32)
+        wanted = round_.fraction * (counting.summed(survivors) + dropped)
         new = jnp.where(dropped < (1 - tolerance) * wanted, 2 * threshold, threshold)
         new = jnp.where(dropped > (1 + tolerance) * wanted, threshold / 2, new)
-        return *_regrow(drops, free, survivors, 1.0), new
+        return *counting.regrow(drops, free, survivors, 1.0), new
 
     return Plan(amounts, init=lambda: jnp.float32(initial))
 
@@ -205,10 +216,12 @@ def gradual(
         return last + jnp.round((first - last) * left**power).astype(jnp.int32)
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
-        active = [_count(leaf.mask) for leaf in round_.leaves]
+        active = [counting.active(leaf.mask) for leaf in round_.leaves]
         if overall:
             total = wanted(round_, sum(round_.starts), sum(round_.targets))
-            prune = _lowest_overall(round_, jnp.maximum(_total(active) - total, 0))
+            prune = counting.lowest_overall(
+                round_.leaves, round_.drop_scores, jnp.maximum(counting.summed(active) - total, 0)
+            )
             missing: list[jax.Array | int] = [0] * len(active)
         else:
             goals = [wanted(round_, *p) for p in zip(round_.starts, round_.targets, strict=True)]
@@ -248,7 +261,7 @@ def rotation(partitions: int) -> Plan:
         dense_part = round_.number % min(partitions, n)
         drops, grows = [], []
         for i, (leaf, target) in enumerate(zip(round_.leaves, round_.targets, strict=True)):
-            active = _count(leaf.mask)
+            active = counting.active(leaf.mask)
             dense = (part(i, n) == dense_part) & ~round_.is_last
             drops.append(jnp.where(dense, 0, jnp.maximum(active - target, 0)))
             grows.append(jnp.where(dense, leaf.mask.size - active, 0))
@@ -260,87 +273,3 @@ def rotation(partitions: int) -> Plan:
         return [size if part(i, n) == 0 else count for i, (count, size) in enumerate(pairs)]
 
     return Plan(amounts, starts=starts)
-
-
-def apportion(total: jax.Array | int, weights: Counts, caps: Counts) -> list[jax.Array]:
-    """Share an integer total in proportion to weights, within integer caps.
-
-    What a capped share can't take is shared again among the others; fractions of one go to
-    the largest remainders. The sum is exactly min(total, sum of caps).
-
-    Args:
-      total: integer scalar, 0 or more; may be traced, like the rest.
-      weights: non-negative numbers; if all are zero, or none is left below its cap, the caps'
-        own room is the weight.
-      caps: integers, 0 or more.
-
-    Returns:
-      An int32 scalar for each weight.
-
-    Example:
-      >>> [int(n) for n in apportion(10, [3.0, 1.0, 1.0], [4, 9, 9])]
-      [4, 3, 3]
-    """
-    cap = jnp.stack([jnp.asarray(c, jnp.int32) for c in caps])
-    weight = jnp.stack([jnp.asarray(w, jnp.float32) for w in weights])
-    weight = jnp.where(jnp.isfinite(weight), weight, 0)
-    total = jnp.minimum(jnp.asarray(total, jnp.int32), _sum(cap))
-
-    def share(_, given: jax.Array) -> jax.Array:
-        room = cap - given
-        open_weight = jnp.where(room > 0, weight, 0)
-        open_weight = jnp.where(open_weight.sum() > 0, open_weight, room.astype(jnp.float32))
-        rest = total - _sum(given)
-        ideal = rest.astype(jnp.float32) * open_weight / jnp.maximum(open_weight.sum(), 1e-30)
-        more = jnp.minimum(jnp.floor(ideal).astype(jnp.int32), room)
-        before = jnp.cumsum(more, dtype=jnp.int32) - more
-        more = jnp.minimum(more, jnp.maximum(rest - before, 0))
-        # Fewer than one each is left: the largest remainders take it.
-        left = rest - _sum(more)
-        order = jnp.argsort(
-            jnp.where(more < room, more.astype(jnp.float32) - ideal, jnp.inf), stable=True
-        )
-        rank = jnp.zeros_like(cap).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-        extra = (rank < left) & (more < room) & (left < order.size)
-        return given + more + extra.astype(jnp.int32)
-
-    # Each pass fills a leaf or ends; the last float32 remainders need a few more.
-    return list(jax.lax.fori_loop(0, len(caps) + 3, share, jnp.zeros_like(cap)))
-
-
-def _regrow(
-    drops: list[jax.Array], free: list[jax.Array], weights: list[jax.Array], cap: float
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Drops, cut to what the network can grow again, and the growth of each leaf."""
-    total, room = _total(drops), _total(free)
-    cut = apportion(jnp.minimum(total, room), drops, drops)
-    drops = [jnp.where(total <= room, d, c) for d, c in zip(drops, cut, strict=True)]
-    total = jnp.minimum(total, room)
-    capped = [jnp.floor(cap * f.astype(jnp.float32)).astype(jnp.int32) for f in free]
-    first = apportion(total, weights, capped)
-    left = [f - g for f, g in zip(free, first, strict=True)]
-    over = apportion(total - _total(first), weights, left)
-    return drops, [a + b for a, b in zip(first, over, strict=True)]
-
-
-def _lowest_overall(round_: Round, count: jax.Array) -> list[jax.Array]:
-    """How many of the `count` active weights of lowest drop score lie in each leaf."""
-    scores = []
-    for leaf, score in zip(round_.leaves, round_.drop_scores, strict=True):
-        size = jnp.where(leaf.mask, -score.astype(jnp.float32), -jnp.inf)
-        best = jnp.where(leaf.mask, score, -jnp.inf).max()
-        scores.append(jnp.where(leaf.mask & (score == best), jnp.finfo(jnp.float32).min, size))
-    return [_count(chosen) for chosen in largest_of_all(scores, count)]
-
-
-def _total(counts: list[jax.Array]) -> jax.Array:
-    return _sum(jnp.stack(counts))
-
-
-def _sum(counts: jax.Array) -> jax.Array:
-    """In the type of the counts, also where JAX adds integers in 64 bits."""
-    return jnp.sum(counts, dtype=counts.dtype)
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.int32)

@@ -55,6 +55,76 @@ def magnitude_and_gradient(weight: float = 1.0) -> Score:
     return lambda leaf: jnp.abs(leaf.param) + weight * jnp.abs(leaf.grad)
 
 
+def saliency() -> Score:
+    """|w g|, what the loss would change by without the weight, to first order.
+
+    A drop rule: of active weights, since inactive ones score 0.
+
+    References:
+      Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+      2017, Section 2.2.
+    """
+    return lambda leaf: jnp.abs(leaf.param * leaf.grad)
+
+
+def normalized(score: Score) -> Score:
+    """A score over its Euclidean norm in the leaf's active weights: comparable between leaves.
+
+    For plans that compare all leaves, as `plans.gradual(..., overall=True)`.
+
+    Args:
+      score: as `saliency()`.
+
+    References:
+      Lee et al., "JaxPruner: A Concise Library for Sparsity Research", 2023, whose global
+      pruners do so; 1e-8 is added to the norm, as there.
+    """
+
+    def over_norm(leaf: Leaf) -> jax.Array:
+        value = score(leaf)
+        value = value.astype(at_least_float32(value.dtype))
+        norm = jnp.sqrt(jnp.sum(jnp.square(value), where=leaf.mask))
+        return value / (norm + 1e-8)
+
+    return over_norm
+
+
+def sampled(score: Score, power: float | Callable[[jax.Array], jax.Array] = 1.0) -> Score:
+    """Sample by a score instead of taking its best: probability in proportion to score^power.
+
+    The key power ln(score) + a Gumbel number: the k entries of largest keys are k draws without
+    replacement, each in proportion to score^power among those that are left, exactly. As `drop`
+    the kept weights are drawn so, as `grow` the grown ones. Scores of 0 and below are drawn when
+    no other is left, at random among themselves.
+
+    Args:
+      score: as `magnitude()`.
+      power: 1 or more is nearer to the best, 0 is at random; a number, or a function of the step.
+
+    Returns:
+      A score: leaf -> float array of the leaf's shape, float32 or wider.
+
+    References:
+      Kool et al., "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
+      Sequences Without Replacement", 2019, Section 2.3.
+    """
+
+    def keys(leaf: Leaf) -> jax.Array:
+        value = score(leaf)
+        value = value.astype(at_least_float32(value.dtype))
+        place, key = sharding_of(leaf.param), jax.random.fold_in(leaf.key, 1)
+        tiny = jnp.finfo(value.dtype).tiny
+        u = jax.random.uniform(key, value.shape, value.dtype, minval=tiny, out_sharding=place)
+        exponent = power(leaf.count) if callable(power) else power
+        exponent = jnp.asarray(exponent, value.dtype)
+        some = jnp.where(value > 0, value, jnp.ones_like(value))
+        gumbel = -jnp.log(-jnp.log(u))
+        last = jnp.finfo(value.dtype).min / (2 + u)
+        return jnp.where(value > 0, exponent * jnp.log(some) + gumbel, last)
+
+    return keys
+
+
 def along_sign() -> Score:
     """The weight times its fixed sign, from `memory.signs`: DeepR's theta, which drops below 0.
 

@@ -1,0 +1,63 @@
+"""Plans whose rounds differ in kind: some drop, others grow."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from dstee_jax.rules import counting
+from dstee_jax.rules.counting import Counts
+from dstee_jax.rules.plans import Plan, Round
+from dstee_jax.rules.schedule import portion
+
+__all__ = ["alternate", "drop_then_grow"]
+
+
+def drop_then_grow() -> Plan:
+    """One round drops a share of each leaf, the next grows it again: CHT.
+
+    So the growth score sees the mask after the drop, and what was dropped may come back. With
+    both rounds on neighbouring steps, and no weight updated on either (`update_weights=False`),
+    the network in between is never trained. The last round only grows; a leaf that is dense at
+    the asked sparsity stays so.
+    """
+
+    def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
+        active = [counting.active(leaf.mask) for leaf in round_.leaves]
+        pairs = zip(round_.targets, active, strict=True)
+        missing = [jnp.maximum(target - n, 0) for target, n in pairs]
+        due = ~round_.is_last & (jnp.max(jnp.stack(missing)) == 0)
+        drops = []
+        for leaf, target, n in zip(round_.leaves, round_.targets, active, strict=True):
+            k = jnp.minimum(portion(round_.fraction, n), jnp.maximum(n - 1, 0))
+            drops.append(jnp.where(due & (target < leaf.mask.size), k, 0))
+        return drops, missing, round_.state
+
+    return Plan(amounts)
+
+
+def alternate(*, overall: bool = True) -> Plan:
+    """All weights active, then as many as asked for, then all again: AC/DC.
+
+    Starts dense. The first round drops the weights of lowest score, the second activates all, and
+    so on in turn; the last one drops in any case.
+
+    Args:
+      overall: drop those of lowest score over all leaves together, so that counts differ from one
+        sparse phase to the next (no leaf loses its last weight). Otherwise each leaf goes to its
+        own target.
+    """
+
+    def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
+        active = [counting.active(leaf.mask) for leaf in round_.leaves]
+        sparse = (round_.number % 2 == 1) | round_.is_last
+        if overall:
+            above = jnp.maximum(counting.summed(active) - sum(round_.targets), 0)
+            over = counting.lowest_overall(round_.leaves, round_.drop_scores, above)
+        else:
+            pairs = zip(active, round_.targets, strict=True)
+            over = [jnp.maximum(n - target, 0) for n, target in pairs]
+        drops = [jnp.where(sparse, n, 0) for n in over]
+        free = [leaf.mask.size - n for leaf, n in zip(round_.leaves, active, strict=True)]
+        return drops, [jnp.where(sparse, 0, n) for n in free], round_.state
+
+    return Plan(amounts, starts=lambda targets, sizes, spread: list(sizes))
