@@ -131,7 +131,7 @@ def test_cifar_with_a_sparse_allreduce(data_dir, tmp_path, capsys):
     [("dst_ee", [3]), ("snfs", [3]), ("str", [3]), ("sis", [4, 5])],
 )
 def test_resume_continues_bit_for_bit(data_dir, tmp_path, method, stops, monkeypatch):
-    monkeypatch.setattr(sis, "ROWS", 256)
+    monkeypatch.setattr(sis, "ROWS", 32)
     options = [f"--method={method}", f"--epochs={stops[-1]}"]
     whole = cifar.run(cifar_args(data_dir, tmp_path, *options))
     for stop in stops:

@@ -57,18 +57,26 @@ def equal(found, expected):
 def test_matmul_is_that_of_the_dense_kernel(tile, rows, columns, data, batch):
     shape = (rows * tile[0], columns * tile[1])
     tiles = random_tiles(shape, tile, data.draw(st.integers(1, rows)))
-    x, rectangle = normal(1, (*batch, shape[0])), normal(2, tiles.rectangle_shape)
-    kernel = dstee.to_dense({"k": rectangle}, {"k": tiles})["k"]
-    equal(dstee.to_tiles({"k": kernel}, {"k": tiles})["k"], rectangle)
+    rng = np.random.default_rng(0)
+    x, rectangle = (
+        rng.normal(size=n).astype(np.float32) for n in ((*batch, shape[0]), tiles.rectangle_shape)
+    )
 
     def loss(x, kernel, tiles):
         y = dstee.matmul(x, kernel, tiles)
         return jnp.sum(jnp.sin(y)), y
 
-    found, of_tiles = jax.grad(loss, (0, 1), has_aux=True)(x, rectangle, tiles)
-    expected, dense = jax.grad(loss, (0, 1), has_aux=True)(x, kernel, None)
-    close(of_tiles, dense)
-    close(found, (expected[0], tiles.take(expected[1])))
+    @jax.jit
+    def both(x, rectangle, tiles):
+        kernel = dstee.to_dense({"k": rectangle}, {"k": tiles})["k"]
+        found, of_tiles = jax.grad(loss, (0, 1), has_aux=True)(x, rectangle, tiles)
+        (of_x, of_kernel), dense = jax.grad(loss, (0, 1), has_aux=True)(x, kernel, None)
+        again = dstee.to_tiles({"k": kernel}, {"k": tiles})["k"]
+        return again, (of_tiles, found), (dense, (of_x, tiles.take(of_kernel)))
+
+    again, found, expected = both(x, rectangle, tiles)
+    equal(again, rectangle)
+    close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -336,58 +344,84 @@ def test_given_masks_and_carry_over():
 # --- errors
 
 
-TX = make(packed=True)
-STATE = TX.init(parameters())
-TILES = dstee.tiles(STATE, parameters())
-SHORT = dstee.to_tiles(parameters(), TILES)
-ONE = random_tiles((8, 8), (4, 4), 1)
+class Example:
+    """A network in tiles; made when a test first asks for it, not when tests are collected."""
+
+    @functools.cached_property
+    def tx(self):
+        return make(packed=True)
+
+    @functools.cached_property
+    def state(self):
+        return jax.jit(self.tx.init)(parameters())
+
+    @functools.cached_property
+    def tiles(self):
+        return dstee.tiles(self.state, parameters())
+
+    @functools.cached_property
+    def short(self):
+        return dstee.to_tiles(parameters(), self.tiles)
+
+    @functools.cached_property
+    def one(self):
+        return random_tiles((8, 8), (4, 4), 1)
 
 
-def step(tx, grads, params, state=STATE, **options):
-    return dstee.apply(tx, grads, state, params, **options)
+OF = Example()
+
+
+def step(tx, grads, params, state=None, **options):
+    return dstee.apply(tx, grads, OF.state if state is None else state, params, **options)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (
-            lambda: dstee.matmul(jnp.ones((0, 8)), jnp.ones((2, 4, 4)), ONE),
+            lambda: dstee.matmul(jnp.ones((0, 8)), jnp.ones((2, 4, 4)), OF.one),
             r"x of shape \(0, 8\) has no examples for a kernel of shape \(2, 4, 4\)",
         ),
-        (lambda: dstee.matmul(jnp.ones((2, 6)), jnp.ones((2, 4, 4)), ONE), r"x has shape \(2, 6\)"),
-        (lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((8, 8)), ONE), r"\(8, 8\), where its"),
+        (
+            lambda: dstee.matmul(jnp.ones((2, 6)), jnp.ones((2, 4, 4)), OF.one),
+            r"x has shape \(2, 6\)",
+        ),
+        (lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((8, 8)), OF.one), r"\(8, 8\), where its"),
         (lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((2, 4, 4))), "a rectangle needs tiles="),
         (
-            lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((2, 8, 4)), ONE),
+            lambda: dstee.matmul(jnp.ones((2, 8)), jnp.ones((2, 8, 4)), OF.one),
             r"rectangle \(2, 4, 4\) of a dense \(8, 8\)",
         ),
         (
-            lambda: dstee.conv(jnp.ones((2, 5, 5, 8)), jnp.ones((2, 4, 4)), ONE),
+            lambda: dstee.conv(jnp.ones((2, 5, 5, 8)), jnp.ones((2, 4, 4)), OF.one),
             r"kernel of shape \(8, 8\)",
         ),
         (
             lambda: dstee.conv(jnp.ones((2, 5, 8)), jnp.ones((2, 4, 4))),
             "needs \\(batch, \\*places, inputs\\)|rectangle needs tiles=",
         ),
-        (lambda: dstee.to_tiles(SHORT, TILES), r"has shape .* the dense kernel is"),
-        (lambda: dstee.to_dense(parameters(), TILES), r"has shape .* the rectangle"),
-        (lambda: dstee.to_tiles({"a": jnp.ones(3)}, TILES), "tiles have 5 leaves and params 1"),
-        (lambda: dstee.tiles(STATE, SHORT), "pass the dense parameters"),
+        (lambda: dstee.to_tiles(OF.short, OF.tiles), r"has shape .* the dense kernel is"),
+        (lambda: dstee.to_dense(parameters(), OF.tiles), r"has shape .* the rectangle"),
+        (lambda: dstee.to_tiles({"a": jnp.ones(3)}, OF.tiles), "tiles have 5 leaves and params 1"),
+        (lambda: dstee.tiles(OF.state, OF.short), "pass the dense parameters"),
         (
             lambda: dstee.tiles(make(structure=None).init(parameters()), parameters()),
             "opt_state has no tiles",
         ),
-        (lambda: step(TX, SHORT, SHORT), r"rectangle of tiles, and a mask step needs .* dense"),
         (
-            lambda: step(TX, parameters(), SHORT, mask_step=False),
+            lambda: step(OF.tx, OF.short, OF.short),
+            r"rectangle of tiles, and a mask step needs .* dense",
+        ),
+        (
+            lambda: step(OF.tx, parameters(), OF.short, mask_step=False),
             r"grads of .* has shape .*, the parameter",
         ),
         (
-            lambda: step(make(), SHORT, SHORT, make().init(parameters()), mask_step=False),
+            lambda: step(make(), OF.short, OF.short, make().init(parameters()), mask_step=False),
             "pass packed=True",
         ),
         (
-            lambda: step(TX, *[{**parameters(), "conv": {"kernel": jnp.ones((5, 7))}}] * 2),
+            lambda: step(OF.tx, *[{**parameters(), "conv": {"kernel": jnp.ones((5, 7))}}] * 2),
             r"conv/kernel has shape \(5, 7\), where its tiles of \(4, 4\) need",
         ),
         (
@@ -412,23 +446,23 @@ def test_a_memory_reads_every_gradient():
     assert dstee.dense_steps_of(tx) == range(1, 41)
     state = tx.init(parameters())
     with pytest.raises(ValueError, match="memory= reads all weights on each step"):
-        dstee.apply(tx, SHORT, state, SHORT, mask_step=False)
+        dstee.apply(tx, OF.short, state, OF.short, mask_step=False)
 
 
 def test_a_state_can_be_donated_beside_its_tiles():
-    state = jax.tree.map(jnp.copy, STATE)
+    state = jax.tree.map(jnp.copy, OF.state)
     tiles = dstee.tiles(state, parameters())
     jax.jit(lambda state, tiles: state, donate_argnums=0)(state, tiles)
     assert all(not x.is_deleted() for x in jax.tree.leaves(tiles))
 
 
 def test_tiles_are_a_pytree_with_one_array():
-    leaves, treedef = jax.tree.flatten(ONE)
+    leaves, treedef = jax.tree.flatten(OF.one)
     assert len(leaves) == 1
     again = jax.tree.unflatten(treedef, leaves)
-    assert (again.tile, again.shape) == (ONE.tile, ONE.shape)
-    equal(again.index, ONE.index)
-    assert jax.tree.leaves(dstee.no_tiles(TILES)) == []
+    assert (again.tile, again.shape) == (OF.one.tile, OF.one.shape)
+    equal(again.index, OF.one.index)
+    assert jax.tree.leaves(dstee.no_tiles(OF.tiles)) == []
 
 
 # --- features first

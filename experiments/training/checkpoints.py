@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+# Replicas share the saving of arrays of 1 MiB and more. Of each shape they save slices, one
+# program for each device: for small arrays, compiling them is most of the first save.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+    override=True,
+)
+
 
 class Checkpoints:
     """The last two checkpoints of a run.

@@ -1,6 +1,7 @@
 """SIS on the experiments' networks: sparsify each layer of a trained network from its own data."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,16 +54,15 @@ def sparsify_model(
       images: normalised images (n, 32, 32, 3).
       sparsity: in [0, 1), shared among the layers by ERK.
     """
-    with _recorded() as calls:
-        model(images)
-    layers = {path: node for path, node in nnx.iter_graph(model) if id(node) in calls}
+    calls = _run(model, images)
+    layers = {path: node for path, node in nnx.iter_graph(model) if path in calls}
     shapes = {path: _kernel(layer)[...].shape for path, layer in layers.items()}
     counts = active_counts({"/".join(map(str, p)): shape for p, shape in shapes.items()}, sparsity)
     masks = {}
     for path, layer in layers.items():
         count = counts["/".join(map(str, path))]
         own = ("conv", "kernel") if isinstance(layer, ConvNorm) else ("kernel",)
-        masks[(*path, *own)] = _sparsify_layer(layer, *calls[id(layer)], count)
+        masks[(*path, *own)] = _sparsify_layer(layer, *calls[path], count)
 
     def mask_of(path, leaf):
         return masks.get(tuple(key.key for key in path), optax.MaskedNode())
@@ -85,35 +85,53 @@ def _sparsify_layer(layer: nnx.Module, x: jax.Array, y: jax.Array, count: int) -
         )
         kernel[...], layer.bias[...] = w, bias
         return mask
-    height, width, inputs, outputs = kernel[...].shape
-    norm = layer.norm
-    scale = norm.scale[...] * jax.lax.rsqrt(norm.var[...] + norm.epsilon)
+    norm, strides = layer.norm, layer.conv.strides
+    kernel[...], norm.bias[...], mask = _fit_conv(
+        kernel[...],
+        norm.bias[...],
+        norm.mean[...],
+        norm.scale[...] * jax.lax.rsqrt(norm.var[...] + norm.epsilon),
+        x,
+        y,
+        strides=strides if isinstance(strides, tuple) else (strides,) * 2,
+        count=count,
+        activation="relu" if layer.relu else "identity",
+        rows=ROWS,
+    )
+    return mask
+
+
+@functools.partial(jax.jit, static_argnames=("strides", "count", "activation", "rows"))
+def _fit_conv(kernel, bias, mean, scale, x, y, *, strides, count, activation, rows):
+    """The kernel, the norm's bias and the mask of a convolution whose norm scales by `scale`."""
+    height, width, inputs, outputs = kernel.shape
     scale = jnp.where(jnp.abs(scale) < 1e-6, 1e-6, scale)
     patches = jax.lax.conv_general_dilated_patches(
         x,
         (height, width),
-        layer.conv.strides if isinstance(layer.conv.strides, tuple) else (layer.conv.strides,) * 2,
+        strides,
         [(height // 2,) * 2, (width // 2,) * 2],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # (n, h, w, inputs * height * width): channels first
-    rows, wanted = patches.reshape(-1, patches.shape[-1]), y.reshape(-1, outputs)
-    some = np.random.default_rng(0).permutation(len(rows))[:ROWS]
-    folded = (kernel[...] * scale).transpose(2, 0, 1, 3).reshape(-1, outputs)
-    w, bias, mask = inclusion.sparsify(
-        folded,
-        norm.bias[...] - norm.mean[...] * scale,
-        rows[some],
-        wanted[some],
-        count,
-        activation="relu" if layer.relu else "identity",
+    samples, wanted = patches.reshape(-1, patches.shape[-1]), y.reshape(-1, outputs)
+    some = np.random.default_rng(0).permutation(len(samples))[:rows]
+    folded = (kernel * scale).transpose(2, 0, 1, 3).reshape(-1, outputs)
+    w, fitted, mask = inclusion.sparsify(
+        folded, bias - mean * scale, samples[some], wanted[some], count, activation=activation
     )
 
     def back(flat: jax.Array) -> jax.Array:
         return flat.reshape(inputs, height, width, outputs).transpose(1, 2, 0, 3)
 
-    kernel[...] = back(w) / scale
-    norm.bias[...] = bias + norm.mean[...] * scale
-    return back(mask)
+    return back(w) / scale, fitted + mean * scale, back(mask)
+
+
+@nnx.jit
+def _run(model: nnx.Module, images: jax.Array) -> dict[tuple, tuple[jax.Array, jax.Array]]:
+    """Input and output of every ConvNorm and Linear, by its path in the network."""
+    with _recorded() as calls:
+        model(images)
+    return {path: calls[id(node)] for path, node in nnx.iter_graph(model) if id(node) in calls}
 
 
 @contextlib.contextmanager
