@@ -128,6 +128,9 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     assert "| 32 x 32 |" in shown
     tiles.main([f"--table={path}"])
     assert capsys.readouterr().out in shown
+    figures.main(["tiles", f"--records={path}", f"--out={tmp_path}"])
+    with Image.open(tmp_path / "tiles.png") as image:
+        assert np.asarray(image.convert("L")).std() > 10  # there is something on it
 
 
 class Masks:

@@ -7,6 +7,7 @@
     python -m experiments.report.figures exploitation  # from results/exploitation.jsonl
     python -m experiments.report.figures theory        # from results/theory.jsonl
     python -m experiments.report.figures length        # from results/length.jsonl
+    python -m experiments.report.figures tiles         # from results/tiles.jsonl
     python -m experiments.report.figures masks --work_dir DIR   # from a run's last checkpoint
 
 `--records FILE` draws other records, `--out DIR` writes elsewhere than docs/figures.
@@ -24,6 +25,7 @@ import optax
 import dstee_jax as dstee
 from dstee_jax.trees import path_name
 from experiments.studies import length as study
+from experiments.studies import tiles as tile_study
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints
@@ -230,6 +232,40 @@ def length(runs: list[dict]) -> Figure:
     return figure
 
 
+def tiles(runs: list[dict]) -> Figure:
+    """Accuracy against the time of a step, by tile and method; a panel for each sparsity."""
+    groups = records.group(runs, "sparsity", "epochs")
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(5.2 * len(groups), 3.8), layout="constrained", squeeze=False
+    )
+    for axis, ((sparsity, epochs), some) in zip(axes[0], groups.items(), strict=True):
+        for size in tile_study.TILES:
+            mine = tile_study.having(some, size)
+            if not mine:
+                continue
+            place = tile_study.step_ms(mine)
+            for run in mine:
+                i = tile_study.METHODS.index(run["method"])
+                mean, sd = np.mean(run["accuracy"]), np.std(run["accuracy"], ddof=1)
+                style = {"color": COLORS[run["method"]], "marker": MARKERS[i], "capsize": 2}
+                axis.errorbar(place * (1 + 0.02 * (i - 1)), mean, sd, ls="", **style)
+            low = min(np.mean(run["accuracy"]) - np.std(run["accuracy"], ddof=1) for run in mine)
+            text = {"textcoords": "offset points", "ha": "center"}
+            axis.annotate(tile_study.name_of(size), (place, low), (0, -16), **text)
+        seeds = len(some[0]["seeds"])
+        axis.set_title(f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds")
+        axis.set(xlabel="ms a step, all seeds", ylabel="test accuracy (%)", xscale="log")
+        axis.margins(0.12, 0.18)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
+    names = {"dst_ee": "DST-EE", "rigl": "RigL", "static": "static"}
+    for i, method in enumerate(tile_study.METHODS):
+        style = {"color": COLORS[method], "marker": MARKERS[i], "ls": "", "label": names[method]}
+        axes[0, 0].plot([], [], **style)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(names))
+    return figure
+
+
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """For sorting layers: block 2 comes before block 10."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("/")]
@@ -277,6 +313,7 @@ DRAWN: dict[str, Callable[[list[dict]], Figure]] = {
     "exploitation": exploitation,
     "theory": theory,
     "length": length,
+    "tiles": tiles,
 }
 
 
