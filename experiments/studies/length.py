@@ -135,16 +135,17 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     lines = []
     for (data, model, split, sparsity), some in settings_of(runs).items():
         by_length = {epochs: by_row(group) for epochs, group in lengths(some).items()}
+        most = max(len(seeds) for rows in by_length.values() for seeds in rows.values())
         lines.append(
             f"{data}, {model}, {sparsity:.0%} sparse, {split} accuracy (%) at the end, mean ± "
-            "standard deviation over seeds; in brackets the gain over RigL ± its standard error, "
-            "paired by seed\n"
+            f"standard deviation, {most} seeds; in brackets the gain over RigL ± its standard "
+            "error, paired by seed\n"
         )
         heads = " | ".join(f"{epochs} epochs" for epochs in by_length)
         lines += [f"| method | {heads} |", "| --- |" + " --- |" * len(by_length)]
         for name in ROWS | ABLATION:
             if any(name in rows for rows in by_length.values()):
-                cells = (cell(rows, name) for rows in by_length.values())
+                cells = (cell(rows, name, most) for rows in by_length.values())
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -155,11 +156,11 @@ def lengths(runs: Sequence[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     return {epochs: some for (epochs,), some in sorted(records.group(runs, "epochs").items())}
 
 
-def cell(rows: Mapping[str, Mapping[int, Any]], name: str) -> str:
-    """The accuracy of a row, and its gain over RigL."""
+def cell(rows: Mapping[str, Mapping[int, Any]], name: str, most: int) -> str:
+    """The accuracy of a row, its seeds if they are not the most, and its gain over RigL."""
     if name not in rows:
         return ""
-    seeds = f" ({len(rows[name])} seeds)" if len(rows[name]) < PARTS["mnist_98"].seeds else ""
+    seeds = f" ({len(rows[name])} seeds)" if len(rows[name]) < most else ""
     text = records.mean_sd(one["accuracy"] for one in rows[name].values()) + seeds
     if name == RIGL or RIGL not in rows:
         return text
