@@ -271,7 +271,7 @@ def _shared(
       int32, the shape of k and, if there are several parts, an axis of them.
     """
     most = max(active // parts - 1, 0)
-    k = jnp.clip(jnp.maximum(k, some), 0, most * parts).astype(jnp.int32)
+    k = jnp.clip(jnp.maximum(k, some.astype(k.dtype)), 0, most * parts).astype(jnp.int32)
     if parts == 1:
         return k
     every, more = k // parts, k % parts
