@@ -278,4 +278,5 @@ def _shared(
     # Multiples of the golden section spread the turns.
     first = turn.astype(jnp.uint32) * jnp.uint32(2654435769) % jnp.uint32(parts)
     place = (jnp.arange(parts, dtype=jnp.int32) - first.astype(jnp.int32)) % parts
+    place = place.reshape((1,) * k.ndim + (parts,))
     return every[..., None] + (place < more[..., None]).astype(jnp.int32)
