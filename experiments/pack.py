@@ -21,17 +21,10 @@ import optax
 
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
-from dstee_jax.trees import path_name
 from experiments.training.arguments import Parser
-from experiments.training.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints, by_name
 
 Arrays = dict[str, np.ndarray]
-
-
-def by_name(tree: Any) -> Arrays:
-    """Arrays of a restored tree by their paths, as 'layers/0/kernel'."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path).removesuffix("/value"): np.asarray(x) for path, x in leaves}
 
 
 def sparse_state(opt_state: Any) -> dict[str, Any]:

@@ -13,16 +13,9 @@ from experiments.data import cifar as data
 from experiments.report import table1
 from experiments.training import learner, models, records, sis
 from experiments.training.methods import METHODS
-from tests.tiny_datasets import write_cifar
+from tests.tiny_datasets import MARKS, write_cifar
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # Raised inside tensorflow-datasets and orbax, by their own dependencies.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-    pytest.mark.filterwarnings("default::ResourceWarning"),
-    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,9 @@ from experiments.data import imagenet as imagenet_input
 from experiments.report import table2
 from experiments.training import records, sis
 from experiments.training.checkpoints import Checkpoints
-from tests.tiny_datasets import write_imagenet
+from tests.tiny_datasets import MARKS, write_imagenet
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # Raised inside tensorflow-datasets, grain and orbax, by their own dependencies.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-    pytest.mark.filterwarnings("default::ResourceWarning"),
-    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -17,16 +17,9 @@ from experiments import mlp
 from experiments.data import arrays as data
 from experiments.report import table
 from experiments.training import records, sis
-from tests.tiny_datasets import write_cifar, write_mnist
+from tests.tiny_datasets import MARKS, write_cifar, write_mnist
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # Raised inside tensorflow-datasets and orbax, by their own dependencies.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-    pytest.mark.filterwarnings("default::ResourceWarning"),
-    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 TINY = ["--widths=24", "--batch=16", "--epochs=3", "--every=4", "--sparsity=0.9", "--quiet"]
 
 

@@ -9,16 +9,9 @@ import dstee_jax as dstee
 from experiments import cifar, mlp, pack
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.models import MODELS
-from tests.tiny_datasets import write_cifar, write_mnist
+from tests.tiny_datasets import MARKS, write_cifar, write_mnist
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # Raised inside tensorflow-datasets and orbax, by their own dependencies.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-    pytest.mark.filterwarnings("default::UserWarning"),
-    pytest.mark.filterwarnings("default::ResourceWarning"),
-    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = MARKS
 
 
 def restored(work):

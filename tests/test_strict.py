@@ -87,6 +87,8 @@ OPTIONS = {
     "fan-in": {"structure": structures.constant_fan_in()},
     "fan-in, stacked": {"structure": structures.constant_fan_in(), "stack_axes": stacked},
     "fan-in of outputs": {"structure": structures.constant_fan_in(output_axis=0)},
+    "channels": {"structure": structures.channels()},
+    "channels, stacked": {"structure": structures.channels(), "stack_axes": stacked},
     "stack_axes": {"stack_axes": stacked},
     "blocks": {"blocks": halves},
     "grow_batches": {"grow_batches": 2},

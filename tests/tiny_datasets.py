@@ -3,8 +3,19 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+# Marks of tests that run experiments: programs are compiled quickly; the warnings are raised inside
+# tensorflow-datasets, grain and orbax, by their own dependencies.
+MARKS = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("default::UserWarning"),
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def encoded(pixels, kind="PNG"):

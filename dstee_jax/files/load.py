@@ -55,7 +55,7 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> Saved:
         keys = [leaf.path for leaf in found.leaves]
         return Saved(_nested(keys, found.arrays), _nested(keys, nodes), found.metadata)
     wanted = [(at, leaf) for at, leaf in leaves_with_path(like) if not is_dense(leaf)]
-    order = _order(path, [leaf for leaf in found.leaves], [at for at, _ in wanted])
+    order = _order(path, found.leaves, [at for at, _ in wanted])
     arrays = [
         _placed(path, at, found.arrays[i], leaf)
         for i, (at, leaf) in zip(order, wanted, strict=True)
@@ -67,10 +67,10 @@ def load(path: str | os.PathLike, like: PyTree | None = None) -> Saved:
 
 def _order(path: Any, leaves: Sequence[reader.Leaf], wanted: Sequence[Any]) -> list[int]:
     """Which leaf of the file belongs to each path of `like`."""
-    there = {tuple(leaf.name.split("/")): i for i, leaf in enumerate(leaves)}
-    names = [tuple("/".join(path_parts(at)).split("/")) for at in wanted]
-    missing = ["/".join(name) for name in names if name not in there]
-    unused = ["/".join(name) for name in there if name not in set(names)]
+    there = {leaf.name: i for i, leaf in enumerate(leaves)}
+    names = ["/".join(path_parts(at)) for at in wanted]
+    missing = [name for name in names if name not in there]
+    unused = [name for name in there if name not in set(names)]
     if missing or unused:
         raise ValueError(
             f"like= does not have the leaves of {path}: the file lacks {missing[:5]}, and has "

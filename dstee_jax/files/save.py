@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dstee_jax.files import reader
-from dstee_jax.state import get_states
-from dstee_jax.trees import PyTree, is_dense, leaves_with_path, mask_leaves, path_name
+from dstee_jax.masks.given import by_leaf
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name
 
 # Unsigned integers for the bits of types that the format does not have, by bytes of an entry.
 _BITS = {1: "uint8", 2: "uint16", 4: "uint32", 8: "uint64", 16: "uint64"}
@@ -93,13 +94,10 @@ def write_whole(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, 
 
 def _arrays(params: PyTree, masks: PyTree) -> Iterator[tuple[Any, np.ndarray, np.ndarray | None]]:
     """The key path, array and mask of each leaf; masks may be those of tiles."""
-    states = [state.masks for state in get_states(masks)]
-    trees = states or ([] if masks is None else [masks])
-    columns = [mask_leaves(tree, params) for tree in trees]
     leaves = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
-    for i, (path, leaf) in enumerate(leaves):
-        own = [np.asarray(column[i]) for column in columns if not is_dense(column[i])]
-        yield path, host_array(path, leaf), own[0] if own else None
+    own = [optax.MaskedNode()] * len(leaves) if masks is None else by_leaf(masks, params)
+    for (path, leaf), mask in zip(leaves, own, strict=True):
+        yield path, host_array(path, leaf), None if is_dense(mask) else np.asarray(mask)
 
 
 def host_array(path: Any, leaf: Any) -> np.ndarray:

@@ -11,10 +11,9 @@ import optax
 
 from dstee_jax.inference.forms import csc, csr, in_threads, tiles
 from dstee_jax.inference.timing import medians
-from dstee_jax.masks.given import check_masks, of_weights
+from dstee_jax.masks.given import by_leaf, check_masks, of_weights
 from dstee_jax.masks.where import kernels
-from dstee_jax.state import get_states
-from dstee_jax.trees import PyTree, expanded, is_dense, leaves_with_path, mask_leaves
+from dstee_jax.trees import PyTree, expanded, is_dense, leaves_with_path
 
 FORMS = ("dense", "csr", "csc", "threads", "tiles")
 GAIN = 1.2  # what another form must gain over dense: less is within the noise of timing
@@ -164,11 +163,10 @@ def _masks_of(masks: PyTree, params: PyTree) -> list[Any]:
     if masks is None:
         pairs = [(path, leaf) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
         return [_zeros(leaf) if kernels(path, leaf) else optax.MaskedNode() for path, leaf in pairs]
-    trees = [state.masks for state in get_states(masks)] or [masks]
-    for tree in trees:
-        check_masks(of_weights(tree, params), params)
-    by_leaf = zip(*(mask_leaves(tree, params) for tree in trees), strict=True)
-    return [next((m for m in found if not is_dense(m)), found[0]) for found in by_leaf]
+    found = by_leaf(masks, params)
+    of_params = jax.tree.unflatten(jax.tree.structure(params), found)
+    check_masks(of_weights(of_params, params), params)
+    return found
 
 
 def _zeros(leaf: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dstee_jax.rules.structures import Structure
 from dstee_jax.selection.parts import sharding_of
@@ -94,6 +95,18 @@ def fitting_masks(masks: PyTree, params: PyTree) -> list[PyTree]:
     for tree in full:
         check_masks(tree, params)
     return full
+
+
+def by_leaf(masks: PyTree, params: PyTree) -> list[Any]:
+    """The mask of each leaf of `params`, `MaskedNode` where there is none.
+
+    Of a tree of masks, or of an optimizer state, which may hold several; as they are kept there,
+    of weights or of tiles, and not checked.
+    """
+    trees = [state.masks for state in get_states(masks)] or [masks]
+    columns = [mask_leaves(tree, params) for tree in trees]
+    found = zip(*columns, strict=True)
+    return [next((m for m in own if not is_dense(m)), optax.MaskedNode()) for own in found]
 
 
 def of_weights(masks: PyTree, params: PyTree) -> PyTree:

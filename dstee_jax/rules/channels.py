@@ -47,7 +47,9 @@ def channels(*, output_axis: int = -1) -> Structure:
     def parts(shape, k, k_max, active, turn) -> tuple[Grid, jax.Array, int]:
         each = step(shape)
         most = max(active // each - 1, 0)
-        of_units = jnp.clip(jnp.maximum(k // each, k > 0), 0, most).astype(jnp.int32)
+        of_units = jnp.clip(jnp.maximum(k // each, (k > 0).astype(k.dtype)), 0, most).astype(
+            jnp.int32
+        )
         return (1,), of_units, -(-k_max // each)
 
     def fits(mask: np.ndarray) -> bool:

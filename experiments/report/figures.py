@@ -23,12 +23,11 @@ import numpy as np
 import optax
 
 import dstee_jax as dstee
-from dstee_jax.trees import path_name
 from experiments.studies import length as study
 from experiments.studies import tiles as tile_study
 from experiments.training import records
 from experiments.training.arguments import Parser
-from experiments.training.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints, by_name
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -278,11 +277,9 @@ def masks(work_dir: Path) -> Figure:
         raise FileNotFoundError(
             f"the run in {work_dir} has no masks: it is dense, or learns thresholds."
         )
-    found = {
-        path_name(path).removesuffix("/value").removesuffix("/kernel"): np.asarray(mask)
-        for path, mask in jax.tree_util.tree_leaves_with_path(state["masks"])
-    }
-    counters = map(np.asarray, jax.tree.leaves(state["counters"]))
+    saved = by_name(state["masks"]).items()
+    found = {name.removesuffix("/kernel"): mask for name, mask in saved}
+    counters = by_name(state["counters"]).values()
     explored = {name: (counter > 0).mean() for name, counter in zip(found, counters, strict=True)}
     found = dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

@@ -23,7 +23,7 @@ import dstee_jax as dstee
 from dstee_jax.distributions import active_counts
 from dstee_jax.trees import leaves_with_path, path_name
 from experiments.training.arguments import Parser
-from experiments.training.checkpoints import Checkpoints
+from experiments.training.checkpoints import Checkpoints, by_name
 from experiments.training.methods import DISTRIBUTIONS
 from experiments.training.models import ResNet50
 
@@ -92,10 +92,7 @@ def masks_of(distribution: str, sparsity: float) -> Any:
 def recorded_masks(directory: Path) -> Any:
     """The masks in the last checkpoint of a run of `experiments.imagenet` with ResNet-50."""
     saved = Checkpoints(directory, keep=True).restore_plain()["opt_state"]["masks"]
-    found = {
-        path_name(path).removesuffix("/value"): mask
-        for path, mask in jax.tree_util.tree_leaves_with_path(saved)
-    }
+    found = by_name(saved)
     paths = [path_name(path) for path, _ in leaves_with_path(network()[1])]
     masks = [found.get(path, optax.MaskedNode()) for path in paths]
     return jax.tree.unflatten(jax.tree.structure(network()[1]), masks)

@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+
+from dstee_jax.trees import path_name
 
 # Replicas share the saving of arrays of 1 MiB and more. Of each shape they save slices, one
 # program for each device: for small arrays, compiling them is most of the first save.
@@ -63,6 +66,12 @@ class Checkpoints:
         saved = self.manager.item_metadata(self.latest())["state"]
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), saved)
         return self.restore(like)[0]
+
+
+def by_name(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of `Checkpoints.restore_plain` by their paths, as 'layers/0/kernel'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path).removesuffix("/value"): np.asarray(x) for path, x in leaves}
 
 
 def _raw(x: Any) -> Any:
