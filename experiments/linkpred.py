@@ -31,7 +31,7 @@ from rich.console import Console
 import dstee_jax as dstee
 from experiments.data import graphs, walks
 from experiments.training import records
-from experiments.training.arguments import Parser, choice
+from experiments.training.arguments import Parser, choice, existing
 from experiments.training.methods import METHODS, mask_steps, optimizer, segments
 
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
@@ -245,7 +245,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--walk_all", action="store_true", help="walk test edges too, as the original code does")
     add("--note", help="the graph's name in records, instead of the file's")
     add("--results", type=Path, default=records.RESULTS / "linkpred.jsonl")
-    add("--table", type=Path, help="print the tables of a file of records, and leave")
+    add("--table", type=existing, help="print the tables of a file of records, and leave")
     add("--quiet", action="store_true")
     args = parser.parse_args(argv)
     if not args.table and not args.graph:

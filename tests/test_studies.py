@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import mlp
-from experiments.report import figures
-from experiments.studies import growth, length, queue, tiles
+from experiments import linkpred, mlp
+from experiments.report import figures, table, table1
+from experiments.studies import ablation, growth, length, queue, tiles
 from experiments.training import records
 from tests.tiny_datasets import write_cifar, write_mnist
 
@@ -57,15 +57,15 @@ def test_the_table_and_the_figure_of_the_length_study(tmp_path):
     for epochs, more in ((5, 1.0), (40, 2.0)):
         records.append(path, record(rigl, [90.0, 80.0], f"--epochs={epochs}"))
         records.append(path, record(dst_ee, [90.0 + more, 80.0], f"--epochs={epochs}"))
-    table = length.table(records.read(path)).splitlines()
-    assert table[2:] == [
+    lines = length.table(records.read(path)).splitlines()
+    assert lines[2:] == [
         "| method | 5 epochs | 40 epochs |",
         "| --- | --- | --- |",
         "| RigL | 85.00 ± 7.07 | 85.00 ± 7.07 |",
         "| DST-EE, c = 0.001 | 85.50 ± 7.78 [+0.50 ± 0.50] | 86.00 ± 8.49 [+1.00 ± 1.00] |",
     ]
-    assert "mnist, mlp 300-100, 98% sparse, test accuracy" in table[0]
-    assert "standard deviation, 2 seeds;" in table[0]
+    assert "mnist, mlp 300-100, 98% sparse, test accuracy" in lines[0]
+    assert "standard deviation, 2 seeds;" in lines[0]
     records.append(path, record(length.ROWS["static"], [70.0], "--epochs=5"))
     assert "| static | 70.00 (1 seeds) [-20.00 ± nan] |  |" in length.table(records.read(path))
     figures.main(["length", f"--records={path}", f"--out={tmp_path}"])
@@ -103,6 +103,21 @@ def test_a_queue_goes_on_where_it_was_stopped(tmp_path, data_dir, monkeypatch, c
         assert trained[3:] == ["again"]
     found = [(record["seeds"], record["epochs"]) for record in records.read(path)]
     assert found == [([0], 1), ([0], 2), ([1], 1), ([1], 2)]
+
+
+def test_records_and_data_that_are_missing(tmp_path, capsys):
+    """Of every command that prints records, and of a queue."""
+    nowhere = str(tmp_path / "nowhere")
+    for program in (length, tiles, growth, ablation, linkpred):
+        with pytest.raises(SystemExit):
+            program.main(["--table", nowhere])
+        assert f"there is no file {nowhere}" in capsys.readouterr().err
+    for program in (table, table1):
+        with pytest.raises(SystemExit):
+            program.main([nowhere])
+        assert f"there is no file {nowhere}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: no mnist under .* Make it with: tfds build"):
+        length.main([f"--data_dir={nowhere}", f"--results={tmp_path / 'r'}"])
 
 
 def test_a_run_of_the_convolutional_network_is_found_again(tmp_path, data_dir):

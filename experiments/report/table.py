@@ -8,10 +8,9 @@ standard error, and their ratio.
 """
 
 import statistics
-from pathlib import Path
 
 from experiments.training import records
-from experiments.training.arguments import Parser
+from experiments.training.arguments import Parser, existing
 from experiments.training.methods import METHODS
 
 PAIRS = [("set", "static"), ("rigl", "set"), ("dst_ee", "rigl")]
@@ -75,7 +74,7 @@ def pair_table(runs: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="+", type=existing)
     parser.add_argument("--pairs", action="store_true")
     args = parser.parse_args(argv)
     recorded = [run for path in args.files for run in records.read(path)]

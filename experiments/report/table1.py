@@ -12,10 +12,9 @@ command that made each row.
 
 import re
 import statistics
-from pathlib import Path
 
 from experiments.training import records
-from experiments.training.arguments import Parser
+from experiments.training.arguments import Parser, existing
 from experiments.training.methods import METHODS
 
 # Test accuracy (%) at 90, 95 and 98% sparsity, from the paper's Table 1 (160 epochs).
@@ -117,7 +116,7 @@ def commands(runs: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="+", type=existing)
     parser.add_argument("--commands", action="store_true")
     args = parser.parse_args(argv)
     runs = [

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from experiments import quickstart
 from experiments.training import records
-from experiments.training.arguments import Parser, at_least_one
+from experiments.training.arguments import Parser, at_least_one, existing
 
 BASE: dict[str, Any] = {
     "c": 1e-3,
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--options", nargs="+", choices=[*CHANGES], default=[*CHANGES])
     add("--split", choices=["validation", "test"], default="test")
     add("--results", type=Path, default=records.RESULTS / "ablation.jsonl")
-    add("--table", type=Path, help="print the table of a file of records, and leave")
+    add("--table", type=existing, help="print the table of a file of records, and leave")
     args = parser.parse_args(argv)
     if args.table:
         print(table(records.read(args.table)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments import cifar, mlp
 from experiments.training import records
-from experiments.training.arguments import Parser
+from experiments.training.arguments import Parser, existing
 
 
 class Run(NamedTuple):
@@ -59,7 +59,7 @@ def add_queue_options(parser: Parser, results: str) -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="none begins later")
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--results", type=Path, default=records.RESULTS / results)
-    parser.add_argument("--table", type=Path, help="print this file of records, and train nothing")
+    parser.add_argument("--table", type=existing, help="of records: print, train nothing")
 
 
 def recorded(args: argparse.Namespace, queue: Sequence[Run]) -> list[dict[str, Any]]:
@@ -77,6 +77,9 @@ def recorded(args: argparse.Namespace, queue: Sequence[Run]) -> list[dict[str, A
             print(f"{len(left) - i} runs are left: the same command goes on with them.\n")
             break
         if run.data != data:
-            data, arrays = run.data, run.load()
+            try:
+                data, arrays = run.data, run.load()
+            except FileNotFoundError as error:
+                raise SystemExit(f"error: {error}") from error
         records.append(run.results, run.train(arrays))
     return records.read(args.results) if args.results.exists() else []

@@ -54,3 +54,11 @@ def at_least_one(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of 1 or more, as 5")
     return int(text)
+
+
+def existing(text: str) -> Path:
+    """An argparse type: the path of a file that is there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text}: pass one of records")
+    return path
