@@ -14,28 +14,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from benchmarks.collectives import Collective, collectives
-from benchmarks.timing import resnet50_shapes, vgg19_shapes
+from benchmarks.networks import resnet50_shapes, shapes_of, vgg19_shapes
 
 EVERY, SPARSITY = 100, 0.95
-
-
-def shapes_of(shapes: list[tuple[int, ...]], sharding) -> dict:
-    """Shapes of a network's kernels and of a bias for each, with shardings."""
-    tree = {}
-    for i, shape in enumerate(shapes):
-        bias = shape[-1:]
-        tree[f"layer_{i:02}"] = {
-            "kernel": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding(shape)),
-            "bias": jax.ShapeDtypeStruct(bias, jnp.float32, sharding=sharding(bias)),
-        }
-    return tree
 
 
 def optimizer(inner=None, **options) -> optax.GradientTransformation:

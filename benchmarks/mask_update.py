@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 import dstee_jax as dstee
-from benchmarks.timing import medians, random_tree, resnet50_shapes, vgg19_shapes
+from benchmarks.networks import random_tree, resnet50_shapes, vgg19_shapes
+from benchmarks.timing import medians
 
 DROP_FRACTION = 0.3
 

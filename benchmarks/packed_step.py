@@ -22,7 +22,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
-from benchmarks.timing import medians, random_tree, vgg19_shapes
+from benchmarks.networks import random_tree, vgg19_shapes
+from benchmarks.timing import medians
 
 EVERY = 100
 OPTIONS = {"sparsity": 0.95, "total_steps": 10_000, "every": EVERY}

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 import dstee_jax as dstee
-from benchmarks.timing import medians, random_tree, vgg19_shapes
+from benchmarks.networks import random_tree, vgg19_shapes
+from benchmarks.timing import medians
 from experiments import cifar
 
 EVERY = 100

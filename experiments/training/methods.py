@@ -111,12 +111,12 @@ def optimizer(
         options["sparsity"] = sparsity
     if tiles is not None:
         options |= {"structure": structures.tiles(tuple(tiles)), "packed": True}
-        options.setdefault("where", functools.partial(_divided, tiles))
+        options.setdefault("where", functools.partial(tiles_divide, tiles))
     options |= {"masks": masks, "selection": selection, "indices": indices}
     return factory(inner, total_steps=total_steps, key=key, **options)
 
 
-def _divided(tiles: Sequence[int], path: Any, leaf: Any) -> bool:
+def tiles_divide(tiles: Sequence[int], path: Any, leaf: Any) -> bool:
     """`where` of kernels that tiles divide."""
     sizes = zip(leaf.shape[-2:], tiles, strict=False)
     return dstee.kernels(path, leaf) and not any(n % size for n, size in sizes)

@@ -87,12 +87,14 @@ class Transformer(nnx.Module):
         self.norm = nnx.RMSNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(width, VOCABULARY, dtype=dtype, rngs=rngs)
         self.unroll = jax.default_backend() == "cpu" or 1  # loops of XLA's CPU programs are slow
+        self.remat = False  # whether a block is computed again in the backward pass
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
         x = x + self.position_embedding[: tokens.shape[1]].astype(x.dtype)
         carry = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
-        x = nnx.scan(lambda block, x: block(x), unroll=self.unroll, **carry)(self.blocks, x)
+        forward = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        x = nnx.scan(forward, unroll=self.unroll, **carry)(self.blocks, x)
         return self.head(self.norm(x)).astype(jnp.float32)
 
 
