@@ -26,7 +26,11 @@ from experiments.training.transformer import Transformer, in_blocks, stack_axes
 
 KEY = jax.random.key(0)
 EVERY, SPARSITY = 100, 0.95
-NETWORKS = {"vgg19": vgg19_shapes, "resnet50": resnet50_shapes}
+NETWORKS = {
+    "layer": lambda: [(3, 3, 512, 512)],
+    "vgg19": vgg19_shapes,
+    "resnet50": resnet50_shapes,
+}
 TILE = (128, 128)  # lanes of a TPU's arrays
 
 
@@ -265,18 +269,23 @@ def train_lm(form: str, *, target: str, size: Size, tile: tuple[int, int] | None
     options["selection"] = "auto" if mesh.size == 1 else "sharded"
     tx = inner if form == "dense" else transformed(inner, **options)
 
-    def start():
+    def start(in_tiles):
         network = build()
         state = tx.init(nnx.state(network, nnx.Param))
-        if tiled and form == "ordinary":
+        if in_tiles:
             set_tiles(network, state)
         return *nnx.split(network, nnx.Param, TileIndex)[1:], state
 
+    def shapes(in_tiles):
+        params, tiles, state = nnx.eval_shape(functools.partial(start, in_tiles))
+        places = jax.tree.map(functools.partial(split_over, mesh), params)
+        return placed(params, places), placed(tiles, NamedSharding(mesh, P())), state
+
     graph = nnx.split(jax.eval_shape(build), nnx.Param, TileIndex)[0]
-    params, tiles, state = nnx.eval_shape(start)
-    params = placed(params, jax.tree.map(functools.partial(split_over, mesh), params))
-    state = placed(state, dstee.state_shardings(state, params))
-    tiles = placed(tiles, NamedSharding(mesh, P()))
+    params, tiles, state = shapes(tiled)
+    state = placed(state, dstee.state_shardings(state, params))  # as the rectangles, on all steps
+    if tiled and form == "mask_step":
+        params, tiles, _ = shapes(False)
     tokens = jax.ShapeDtypeStruct(
         (size.batch, size.length + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.engine.checks import check_restart
+from dstee_jax.engine.checks import check_restart, warn_of_packed
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.rule import Rule
 from dstee_jax.engine.update import update
@@ -235,6 +235,8 @@ def transform(
     )
     if inner is not None and every is not None:
         check_restart(inner)
+    if packed and not config.tiled:
+        warn_of_packed()
     return optax.GradientTransformationExtraArgs(config.init, functools.partial(update, config))
 
 

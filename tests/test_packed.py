@@ -549,3 +549,23 @@ def test_more_than_two_to_the_32_entries_are_refused_with_the_remedy():
         jax.eval_shape(make().init, params)
     layers = jax.eval_shape(make(blocks=lambda path, leaf: (4, 2, 1)).init, params)
     assert layers.masks["kernel"].shape == (4, 2**16, 2**16)
+
+
+@pytest.mark.parametrize("structure", [None, dstee.structures.tiles((4, 4))])
+def test_packed_on_a_tpu_is_for_tiles(monkeypatch, structure):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    make = functools.partial(
+        dstee.transform,
+        optax.sgd(0.1),
+        sparsity=0.9,
+        total_steps=10,
+        key=jax.random.key(0),
+        every=None,
+        packed=True,
+        structure=structure,
+    )
+    if structure is not None:
+        make()
+        return
+    with pytest.warns(UserWarning, match=r"packed=True without tiles .* structure="):
+        make()

@@ -83,3 +83,15 @@ def warn_of_frozen(names: list[str], frozen: list[bool]) -> None:
             "with where=.",
             stacklevel=2,
         )
+
+
+def warn_of_packed() -> None:
+    """Warn of packed leaves on a TPU, which gathers and scatters single weights slowly."""
+    if jax.default_backend() == "tpu":
+        warnings.warn(
+            "packed=True without tiles gathers and scatters single weights, which a TPU does one "
+            "after the other, and compiles for minutes: pass "
+            "structure=dstee.structures.tiles((128, 128)) too, or leave packed=True out "
+            "(docs/accelerators.md).",
+            stacklevel=3,
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,9 +121,13 @@ def take_each(leaves: Sequence[jax.Array], places: Sequence[Any]) -> list[jax.Ar
 
 
 def add(weight: jax.Array, where: Any, update: jax.Array) -> jax.Array:
-    """weight + update of a leaf, where the update is packed."""
-    new = where.take(weight) + update
-    return where.put(weight, new.astype(weight.dtype))
+    """weight + update of a leaf, where the update is packed.
+
+    All is read before any is written, so that a leaf is written in place on a GPU too, where XLA
+    would have one kernel do both, on a copy.
+    """
+    new = lax.optimization_barrier((where.take(weight) + update).astype(weight.dtype))
+    return where.put(weight, new)
 
 
 def spread(weight: jax.Array, where: Any, update: jax.Array) -> jax.Array:
