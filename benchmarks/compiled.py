@@ -86,7 +86,7 @@ def figures(done: Any, large: int = LARGE) -> dict[str, Any]:
         "in_a_row": sum(x.trips for x in sent),
         "kinds": sorted({x.opcode.removesuffix("-start") for x in sent}),
         "loops": len(loops),
-        "endless": sum(x.has_no_end for x in loops),
+        "endless": sum(x.rounds is None for x in loops),
         "conditionals": sum(x.opcode == "conditional" for x in found),
         "copies": sum(is_copy(x) and x.bytes >= large for x in found),
         "gathers": sum(x.opcode in ("gather", "scatter") for x in found),

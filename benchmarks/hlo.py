@@ -23,6 +23,7 @@ class Instruction(NamedTuple):
     branches: tuple[int, ...]  # which branch of each conditional around it, outermost first
     trips: int  # how often it runs at most
     fused: bool  # whether it is within a fusion
+    rounds: int | None = None  # of a loop, None if its end depends on data
 
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -34,11 +35,6 @@ class Instruction(NamedTuple):
     def bytes(self) -> int:
         """Of its result."""
         return sum(_size(dtype) * math.prod(shape) for dtype, shape in self.shapes)
-
-    @property
-    def has_no_end(self) -> bool:
-        """Whether it is a loop whose end depends on data."""
-        return self.opcode == "while" and "known_trip_count" not in self.line
 
 
 def instructions(text: str, trips: int = 16) -> list[Instruction]:
@@ -84,15 +80,14 @@ def _walk(
         found = re.search(r" = (\(.*?\)|\S+) ([a-z][\w\-]*)\(", line)
         if not found:
             continue
-        opcode = found.group(2)
-        yield Instruction(line, opcode, found.group(1), branches, times, fused)
+        opcode, rounds = found.group(2), None
         if opcode == "while":
-            known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             body = re.search(r"body=%?([\w.\-]+)", line).group(1)
             condition = re.search(r"condition=%?([\w.\-]+)", line).group(1)
-            n = int(known.group(1)) if known else trips
-            if _runs_once(bodies[condition], bodies[body]):
-                n = 1
+            rounds = _rounds(line, bodies[condition], bodies[body])
+        yield Instruction(line, opcode, found.group(1), branches, times, fused, rounds)
+        if opcode == "while":
+            n = trips if rounds is None else rounds
             yield from _walk(bodies, body, branches, times * n, trips, fused)
             yield from _walk(bodies, condition, branches, times * (n + 1), trips, fused)
         elif opcode == "conditional":
@@ -108,6 +103,19 @@ def _walk(
             for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", line):
                 inside = fused or opcode == "fusion"
                 yield from _walk(bodies, called, branches, times, trips, inside)
+
+
+def _rounds(line: str, condition: list[str], body: list[str]) -> int | None:
+    """How often a loop goes round: as the compiler says, or as a counter's bound does."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known.group(1))
+    if _runs_once(condition, body):
+        return 1
+    bound = re.search(r" compare\(%[\w.\-]+, (%[\w.\-]+)\), direction=LT", _root(condition))
+    number = bound and re.search(
+        re.escape(bound.group(1)) + r" = s32\[\]\S* constant\((\d+)\)", "\n".join(condition)
+    )
+    return int(number.group(1)) if number else None
 
 
 def _runs_once(condition: list[str], body: list[str]) -> bool:

@@ -245,11 +245,11 @@ SMALL, BILLION = Size(4, 128, 4, 128, 8), Size(16, 2304, 18, 2048, 256)
 def train_lm(form: str, *, target: str, size: Size, tile: tuple[int, int] | None = None) -> Program:
     """The step of `experiments.lm` at a size, DST-EE at 90%.
 
-    The billion weights are in bfloat16 while computing, remembered layer by layer, and split over
-    all devices along an axis of every kernel; so is the batch.
+    The billion weights are in bfloat16 while computing, and split over all devices along an axis
+    of every kernel; so is the batch. Activations are computed again in the backward pass.
     """
-    mesh = mesh_of(target, (1,) if size is SMALL else (-1,))
-    dtype = jnp.float32 if size is SMALL else jnp.bfloat16
+    mesh = mesh_of(target, (-1,) if size is BILLION else (1,))
+    dtype = jnp.bfloat16 if size is BILLION else jnp.float32
     tiled = tile is not None and form != "dense"
 
     def build():
@@ -259,7 +259,10 @@ def train_lm(form: str, *, target: str, size: Size, tile: tuple[int, int] | None
             dtype=dtype,
             rngs=nnx.Rngs(0),
         )
-        network.unroll, network.remat = 1, size is not SMALL
+        network.unroll, network.remat = 1, mesh.size > 1
+        network.place = functools.partial(
+            jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, P("data"))
+        )
         return network
 
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.01))

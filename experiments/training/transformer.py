@@ -88,14 +88,20 @@ class Transformer(nnx.Module):
         self.head = nnx.Linear(width, VOCABULARY, dtype=dtype, rngs=rngs)
         self.unroll = jax.default_backend() == "cpu" or 1  # loops of XLA's CPU programs are slow
         self.remat = False  # whether a block is computed again in the backward pass
+        self.place = _anywhere  # puts activations (n, length, width) on devices
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding(tokens)
         x = x + self.position_embedding[: tokens.shape[1]].astype(x.dtype)
         carry = {"in_axes": (0, nnx.Carry), "out_axes": nnx.Carry}
-        forward = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        call = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        forward = lambda block, x: call(block, self.place(x))  # noqa: E731
         x = nnx.scan(forward, unroll=self.unroll, **carry)(self.blocks, x)
         return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def _anywhere(x: jax.Array) -> jax.Array:
+    return x
 
 
 def in_blocks(path: Any, leaf: Any) -> bool:
