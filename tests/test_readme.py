@@ -83,7 +83,7 @@ def test_blocks_of_the_scaling_page_run():
     namespace = {}
     exec(compile(parallel, str(page), "exec"), namespace)
     assert int(namespace["opt_state"].count) == 3
-    assert namespace["opt_state"].inner_state[0].mu["kernel"].shape == (11760,)
+    assert namespace["opt_state"].inner_state[0].mu["kernel"].size == 11760
     namespace = {}
     exec(compile(two_programs, str(page), "exec"), namespace)
     assert int(namespace["opt_state"].count) == 300

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 import dstee_jax as dstee
 from dstee_jax import scores, trees
@@ -29,6 +30,7 @@ from experiments import cifar
 from experiments.data import cifar as data
 from experiments.training import records
 from experiments.training.arguments import Parser
+from experiments.training.progress import conclude
 
 AT, LATER = 1000, 2000
 SCORES = {"rigl": scores.gradient(), "dst_ee": scores.acquisition()}
@@ -142,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     named = ("model", "dataset", "sparsity", "epochs", "seed")
     record = {name: getattr(args, name) for name in named}
     records.append(args.results, record | {"data": args.note or args.dataset, "rows": rows})
+    conclude(Console(), f"{len(rows)} layers and rules", record=args.results)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 
 import dstee_jax as dstee
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
+from experiments.training.progress import conclude
 
 SHAPE = (8, 16)
 DELTA_T = 4
@@ -198,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     records.append(
         args.results, {"seeds": args.seeds, "proposition_1": first, "proposition_2": second}
     )
+    conclude(Console(), f"both propositions, {args.seeds} seeds", record=args.results)
 
 
 if __name__ == "__main__":
