@@ -30,7 +30,7 @@ from experiments import cifar
 from experiments.data import cifar as data
 from experiments.training import records
 from experiments.training.arguments import Parser
-from experiments.training.progress import conclude
+from experiments.training.progress import conclude, over
 
 AT, LATER = 1000, 2000
 SCORES = {"rigl": scores.gradient(), "dst_ee": scores.acquisition()}
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, arrays: Any) -> list[dict[str, Any]]:
         trainer = cifar.Trainer(cifar.parse(options), len(images), args.seed)
         state = trainer.init()
         *early, last = _batches(trainer, steps, len(images))
-        for number, index in enumerate(early, start=1):
+        for number, index in enumerate(over(early, method), start=1):
             mask_step = number in trainer.learner.mask_steps
             state, _ = trainer.step(state, index, images, labels, mask_step)
         return trainer, state, last
