@@ -12,6 +12,7 @@ line to results/preemption.jsonl; the exit status is 1 if anything differs.
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import signal
@@ -84,20 +85,20 @@ class Trial:
 
     def killed(self, work_dir: Path, rng: random.Random, in_save: bool) -> Kill | None:
         """Start the run and kill it at a random moment; None if it reached its end before."""
-        process = self.start(work_dir)
-        begin, before = time.monotonic(), saved(work_dir)
+        before, left_over = saved(work_dir), saving(work_dir)
+        process, begin = self.start(work_dir), time.monotonic()
         left = 1 - before / self.args.steps
         wait = rng.uniform(0, self.times[0] + left * self.times[1])
         while process.poll() is None:
             late = time.monotonic() - begin > wait
-            if late and (not in_save or saving(work_dir)):
+            if late and (not in_save or saving(work_dir) - left_over):
                 time.sleep(rng.uniform(0, 0.02) if in_save else 0)
                 break
             time.sleep(0.001)
         if process.poll() is not None:
             finish(process, work_dir)
             return None
-        at_save = saving(work_dir)
+        at_save = saving(work_dir) - left_over
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         after = saved(work_dir)
@@ -123,14 +124,20 @@ def saved(work_dir: Path) -> int:
     return max((int(name) for name in entries(work_dir) if name.isdigit()), default=0)
 
 
-def saving(work_dir: Path) -> bool:
-    """Whether a checkpoint is being written: it has another name until it is complete."""
-    return any("tmp" in name for name in entries(work_dir))
+def saving(work_dir: Path) -> set[int]:
+    """Inodes of checkpoints that are not complete, whose names say so: a save that was killed
+    leaves one, and a save that goes on is one.
+    """
+    found = set()
+    for name in entries(work_dir):
+        with contextlib.suppress(FileNotFoundError):  # it has just been completed
+            found |= {os.stat(work_dir / "checkpoints" / name).st_ino} if "tmp" in name else set()
+    return found
 
 
 def outcome(work_dir: Path) -> dict[str, np.ndarray]:
     """All arrays of the last checkpoint by name, and the accuracy."""
-    (record,) = records.read(work_dir / "runs.jsonl")
+    record = records.read(work_dir / "runs.jsonl")[-1]
     arrays = by_name(Checkpoints(work_dir, keep=True).restore_plain())
     return arrays | {"accuracy": np.float64(record["accuracy"])}
 

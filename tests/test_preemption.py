@@ -15,7 +15,10 @@ def test_saved_and_saving(tmp_path):
     assert not preemption.saving(tmp_path)
     (tmp_path / "checkpoints" / "15.orbax-checkpoint-tmp").mkdir()
     assert preemption.saved(tmp_path) == 10
-    assert preemption.saving(tmp_path)
+    left_over = preemption.saving(tmp_path)
+    assert len(left_over) == 1
+    (tmp_path / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir()
+    assert len(preemption.saving(tmp_path) - left_over) == 1
 
 
 def test_differing_is_of_bits():
