@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> None:
     graph = graphs.read(args.graph)
     print_(f"{args.graph.name}: {graphs.describe(graph)}")
     name = args.graph.name.removesuffix(".gz").rsplit(".", 1)[0]
+    last: list[float] = []  # accuracies of the last cell
     cells = [(m, s) for m in args.method for s in ([0.0] if m == "dense" else args.sparsity)]
     for seed in args.seed:
         begin = time.perf_counter()
@@ -195,7 +196,9 @@ def run(args: argparse.Namespace) -> None:
                 "embedding_seconds": round(took, 1),
             }
             records.append(args.results, record)
-    conclude(console, f"{len(args.seed) * len(cells)} networks trained", record=args.results)
+        last.append(result["accuracy"])
+    what = f"{method} at {sparsity:.0%}: {records.mean_sd(last)}% right"
+    conclude(console, what, record=args.results)
 
 
 def table(runs: list[dict]) -> str:
