@@ -148,7 +148,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 def test_pages_in_a_browser(site, tmp_path):
     """No errors in the console, nothing missing, and nothing wider than the page."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    browser = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if browser is None:
         pytest.skip("chromium is not installed: apt-get install chromium")
     pages = sorted(str(p.relative_to(site)) for p in site.rglob("*.html"))
