@@ -14,15 +14,15 @@ step minutes, everything for one target about an hour.
 
 compile: seconds of CPU, on all cores, from tracing to the end. Bytes accessed and time are the TPU
 compiler's own estimates, a loop's body counted once; it has none for a GPU. in a row: collectives
-that wait for one another, at most. A loop without end is one whose end depends on data: on a GPU
-each of its rounds asks the host. Copies: of a megabyte and more, within the main memory.
+that wait for one another, at most. The end of an open loop depends on data: on a GPU each of its
+rounds asks the host. Copies: of a megabyte and more, within the main memory.
 """
 
 import argparse
 import contextlib
 import fnmatch
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +99,22 @@ def is_copy(instruction: Instruction) -> bool:
     return instruction.opcode == "copy" and not instruction.fused and "S(1)" not in instruction.line
 
 
-MEGABYTES = ("code", "arguments", "outputs", "aliased", "temporary", "peak", "accessed")
-COLUMNS = ("compile s", "code", "arguments", "outputs", "aliased", "temporary", "peak")
-COLUMNS += ("accessed", "ms", "collectives", "sent", "in a row", "loops", "conditionals", "copies")
-
-
-def row(record: dict[str, Any]) -> str:
+def row(record: dict[str, Any], columns: Sequence[str]) -> str:
     """A record as a line of a table."""
-    cells = [f"{record['compile']:.1f}", *(megabytes(record[name]) for name in MEGABYTES)]
-    cells.append(f"{1e3 * record['seconds']:.2f}" if record["seconds"] > 0 else "")
-    loops = f"{record['loops']} ({record['endless']} without end)"
-    cells += [str(record["collectives"]), megabytes(record["sent"]), str(record["in_a_row"])]
-    cells += [loops, str(record["conditionals"]), str(record["copies"])]
-    return f"| {record['program']} | " + " | ".join(cells) + " |"
+    cells = {"compile s": f"{record['compile']:.1f}"}
+    cells |= {name: megabytes(record[name]) for name in MEGABYTES}
+    cells["ms"] = f"{1e3 * record['seconds']:.2f}" if record["seconds"] > 0 else ""
+    cells |= {"in a row": str(record["in_a_row"])} if record["collectives"] else {}
+    open_ = f" ({record['endless']} open)" if record["endless"] else ""
+    cells["loops"] = f"{record['loops']}{open_}"
+    cells |= {name: str(record[name]) for name in ("collectives", "conditionals", "copies")}
+    return f"| {record['program']} | " + " | ".join(cells.get(name, "") for name in columns) + " |"
+
+
+MEGABYTES = ("code", "arguments", "outputs", "aliased", "temporary", "peak", "accessed", "sent")
+COLUMNS = ("compile s", *MEGABYTES[:-1], "ms", "collectives", "sent", "in a row", "loops")
+COLUMNS += ("conditionals", "copies")
+SHORT = tuple(name for name in COLUMNS if name not in ("outputs", "aliased", "ms", "conditionals"))
 
 
 def megabytes(n: int) -> str:
@@ -119,16 +122,18 @@ def megabytes(n: int) -> str:
     return f"{n / 1e6:,.{0 if n >= 1e8 else 1 if n >= 1e6 else 3}f}" if n else ""
 
 
-def table(runs: list[dict[str, Any]]) -> str:
+def table(runs: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """A table for each target and version of jax; sizes in MB."""
     lines = []
     latest = {(r["target"], r["versions"]["jax"], r["program"]): r for r in runs}.values()
     for (target, jax_), group in records.group(
         [r | {"jax": r["versions"]["jax"]} for r in latest], "target", "jax"
     ).items():
-        lines += [f"{target}, jax {jax_}; MB\n", "| program | " + " | ".join(COLUMNS) + " |"]
-        lines += ["| --- |" + " --- |" * len(COLUMNS)]
-        lines += [row(record) for record in sorted(group, key=lambda r: r["program"])] + [""]
+        lines += [f"{target}, jax {jax_}; MB\n", "| program | " + " | ".join(columns) + " |"]
+        lines += ["| --- |" + " --- |" * len(columns)]
+        lines += [row(record, columns) for record in sorted(group, key=lambda r: r["program"])] + [
+            ""
+        ]
     return "\n".join(lines)
 
 
@@ -142,6 +147,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--again", action="store_true", help="compile what is recorded, too")
     add("--results", type=Path, default=records.RESULTS / "compiled.jsonl")
     add("--table", type=existing, help="of records: print, compile nothing")
+    add("--short", action="store_true", help="leave out columns that seldom say something")
     args = parser.parse_args(argv)
     for pattern in args.programs:
         if not fnmatch.filter(names, pattern):
@@ -157,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(programs()))
         return
     if args.table:
-        print(table(records.read(args.table)))
+        print(table(records.read(args.table), SHORT if args.short else COLUMNS))
         return
     try:
         for target in args.target:
@@ -174,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
                 done = settings | {"compile": round(seconds, 1)} | figures(executable)
                 records.append(args.results, done)
                 jax.clear_caches()
-            print(row(done), flush=True)
+            print(row(done, COLUMNS), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ class Dense(nn.Module):
       use_bias: whether there is a bias, float, shape (features,).
       dtype: of the computation; by default what input and parameters promote to.
       param_dtype: of the parameters.
-      kernel_init, bias_init: initializers.
+      kernel_init: initializer of the kernel.
+      bias_init: of the bias.
 
     Raises:
       ValueError: in the call, if input, kernel and tiles do not fit; names their shapes. Flax's

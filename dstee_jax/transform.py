@@ -161,7 +161,7 @@ def transform(
       and add the new mask after each round; the growth term is the absolute gradient;
       just-dropped weights are not regrown, since inactive weights alone have a finite score;
       t counts from 1. The paper runs rounds to the end of training and gives no value for c,
-      the drop fraction and ΔT; the defaults here are measured (see the README).
+      the drop fraction and ΔT; the defaults here are measured (docs/defaults.md).
     """
     _check_choice("counter_init", counter_init, ("masks", "zeros"))
     _check_choice("counter_update", counter_update, ("new", "old"))

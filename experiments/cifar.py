@@ -37,6 +37,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import METHODS, SCORED_PER_CLASS, measures
 from experiments.training.models import MODELS, count_weights
+from experiments.training.progress import conclude, over
 from experiments.training.runs import Events
 
 WEIGHT_DECAY = 5e-4
@@ -180,7 +181,8 @@ def load(args: argparse.Namespace) -> Any:
 
 def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str, Any]:
     """Train one seed, evaluate after each epoch, and return the record."""
-    print_ = Console(quiet=args.quiet).print
+    console = Console(quiet=args.quiet)
+    print_ = console.print
     (images, labels), (eval_images, eval_labels) = jax.device_put(arrays or load(args))
     scored = None
     if METHODS[args.method].first_masks is not None:
@@ -205,7 +207,8 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     seconds = sum(row["seconds"] for row in history)
     density, explored = map(float, measures(state.params, state.opt_state))
 
-    for epoch in range(first, args.epochs):
+    epochs = range(first, args.epochs)
+    for epoch in over(epochs, f"{args.method}, seed {seed}", console, done=first):
         begin = time.perf_counter()
         if epoch == prune_at:
             state = trainer.prune(state, images)
@@ -250,6 +253,13 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     }
 
 
+def run_and_record(args: argparse.Namespace, seed: int, arrays: Any) -> dict[str, Any]:
+    """`run`, whose record is kept as soon as there is one."""
+    record = run(args, seed, arrays)
+    records.append(args.results, record)
+    return record
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments; wrong ones end the program with the nearest valid ones."""
     parser = Parser(__doc__)
@@ -287,8 +297,10 @@ def main(argv: list[str] | None = None) -> None:
         arrays = load(args)
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    for seed in args.seed:
-        records.append(args.results, run(args, seed, arrays))
+    runs = [run_and_record(args, seed, arrays) for seed in args.seed]
+    accuracy = records.mean_sd(run["accuracy"] for run in runs)
+    what = f"{args.method} at {args.sparsity:.0%}: {accuracy}% of the {args.split} images right"
+    conclude(Console(quiet=args.quiet), what, record=args.results, checkpoints=args.work_dir)
 
 
 if __name__ == "__main__":

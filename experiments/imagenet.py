@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
 
 import dstee_jax as dstee
 from experiments.data import imagenet as images
@@ -41,6 +42,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import METHODS, measures
 from experiments.training.models import ResNet50, Small, count_weights
+from experiments.training.progress import conclude, over
 from experiments.training.runs import Log, Preemption, check_same_command, leave, record_once
 
 CLASSES = 1000
@@ -284,7 +286,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     preempted, losses, begin = Preemption(), [], time.perf_counter()
     compiled: dict[bool, Any] = {}
     density, explored = map(float, programs.measures(state.params, state.opt_state))
-    for step in range(first + 1, total + 1):
+    for step in over(range(first + 1, total + 1), args.method, log.console, done=first):
         if step - 1 == prune_at:
             (programs, state), compiled = pruned(setup, state, args, mesh), {}
         batch = global_batch(next(batches), mesh)
@@ -357,22 +359,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--learning_rate", type=float, default=0.1, help="for each 128 images of the batch")
     add("--warmup_epochs", type=float, default=5)
     add("--weight_decay", type=float, default=1e-4, help="for str it sets the sparsity")
-    add("--label_smoothing", type=float, default=0.1)
+    add("--label_smoothing", rare=True, type=float, default=0.1)
     add("--image_size", type=int, default=224, help="pixels; small ones for a try on a CPU")
     add("--shard_params", action="store_true", help="over the devices, with masks and moments")
     add("--data_dir", default="~/tensorflow_datasets")
-    add("--fake_data", action="store_true", help="one random batch: the speed without input")
+    add(
+        "--fake_data",
+        rare=True,
+        action="store_true",
+        help="one random batch: the speed without input",
+    )
     add("--workers", type=int, default=8, help="processes that decode; 0 for threads")
     add("--work_dir", type=Path, required=True, help="of checkpoints, metrics.jsonl and events")
-    add("--log_every", type=int, default=50, help="steps")
+    add("--log_every", rare=True, type=int, default=50, help="steps")
     add("--save_every", type=int, default=1000, help="steps")
-    add("--eval_every", type=int, default=1, help="epochs")
+    add("--eval_every", rare=True, type=int, default=1, help="epochs")
     add("--distributed", action="store_true", help="several processes, found by TPU or SLURM")
-    add("--coordinator", help="HOST:PORT of process 0, where they are not found")
-    add("--num_processes", type=int)
-    add("--process_id", type=int)
-    add("--lost_after", type=int, default=100, help="seconds of silence that end all processes")
-    add("--note", help="what the record says of the data")
+    add("--coordinator", rare=True, help="HOST:PORT of process 0, where they are not found")
+    add("--num_processes", rare=True, type=int)
+    add("--process_id", rare=True, type=int)
+    add(
+        "--lost_after",
+        rare=True,
+        type=int,
+        default=100,
+        help="seconds of silence that end all processes",
+    )
+    add("--note", rare=True, help="what the record says of the data")
     add("--results", type=Path, default=records.RESULTS / "imagenet.jsonl")
     add("--quiet", action="store_true")
     args = parser.parse_args(argv)
@@ -415,6 +428,10 @@ def main(argv: list[str] | None = None) -> None:
         leave(error)
     if record is not None and jax.process_index() == 0:
         record_once(args, record)
+        right = "" if record["accuracy"] is None else f"{record['accuracy']:.2f}% right, "
+        speed = f"{record['images_per_s']:,.0f} images/s"
+        what = f"{args.method} at {args.sparsity:.0%}: {right}{speed}"
+        conclude(Console(quiet=args.quiet), what, record=args.results, checkpoints=args.work_dir)
 
 
 if __name__ == "__main__":

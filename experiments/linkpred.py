@@ -33,6 +33,7 @@ from experiments.data import graphs, walks
 from experiments.training import records
 from experiments.training.arguments import Parser, choice, existing
 from experiments.training.methods import METHODS, mask_steps, optimizer, segments
+from experiments.training.progress import conclude, over
 
 HIDDEN, DIMENSION, BATCH, LEARNING_RATE = 128, 8, 1024, 0.05
 EPOCHS = {"admm": 60}  # 20 dense, 20 of ADMM, 20 of retraining; 50 for the others
@@ -157,42 +158,47 @@ def train(
 
 def run(args: argparse.Namespace) -> None:
     """Every seed and sparsity of one method on one graph; appends a record for each."""
-    print_ = Console(quiet=args.quiet).print
+    console = Console(quiet=args.quiet)
+    print_ = console.print
     graph = graphs.read(args.graph)
     print_(f"{args.graph.name}: {graphs.describe(graph)}")
     name = args.graph.name.removesuffix(".gz").rsplit(".", 1)[0]
+    last: list[float] = []  # accuracies of the last cell
+    cells = [(m, s) for m in args.method for s in ([0.0] if m == "dense" else args.sparsity)]
     for seed in args.seed:
         begin = time.perf_counter()
         split = graphs.split(graph, seed)
         embeddings = embed(graph, split, seed, args.walk_all)
         took = time.perf_counter() - begin
         print_(f"seed {seed}: {int(split.walked.sum()):,} training edges, embedded in {took:.0f} s")
-        for method in args.method:
+        for method, sparsity in over(cells, f"seed {seed}", console):
             epochs = args.epochs or EPOCHS.get(method, 50)
-            for sparsity in [0.0] if method == "dense" else args.sparsity:
-                begin = time.perf_counter()
-                options = {"every": args.every} if args.every else {}
-                result = train(method, sparsity, embeddings, split, seed, epochs, **options)
-                seconds = time.perf_counter() - begin
-                print_(
-                    f"{method} at {sparsity:.0%}: test {result['accuracy']:.2f}%  validation "
-                    f"{result['validation_accuracy']:.2f}%  connected "
-                    f"{result['connected'][0]} of {result['connected'][1]}  ({seconds:.0f} s)"
-                )
-                record = {
-                    "graph": args.note or name,
-                    "nodes": graph.nodes,
-                    "edges": len(graph.src),
-                    "method": method,
-                    "sparsity": sparsity,
-                    "seed": seed,
-                    "epochs": epochs,
-                    "walks": "all edges" if args.walk_all else "training edges",
-                    **result,
-                    "seconds": round(seconds, 1),
-                    "embedding_seconds": round(took, 1),
-                }
-                records.append(args.results, record)
+            begin = time.perf_counter()
+            options = {"every": args.every} if args.every else {}
+            result = train(method, sparsity, embeddings, split, seed, epochs, **options)
+            seconds = time.perf_counter() - begin
+            print_(
+                f"{method} at {sparsity:.0%}: test {result['accuracy']:.2f}%  validation "
+                f"{result['validation_accuracy']:.2f}%  connected "
+                f"{result['connected'][0]} of {result['connected'][1]}  ({seconds:.0f} s)"
+            )
+            record = {
+                "graph": args.note or name,
+                "nodes": graph.nodes,
+                "edges": len(graph.src),
+                "method": method,
+                "sparsity": sparsity,
+                "seed": seed,
+                "epochs": epochs,
+                "walks": "all edges" if args.walk_all else "training edges",
+                **result,
+                "seconds": round(seconds, 1),
+                "embedding_seconds": round(took, 1),
+            }
+            records.append(args.results, record)
+        last.append(result["accuracy"])
+    what = f"{method} at {sparsity:.0%}: {records.mean_sd(last)}% right"
+    conclude(console, what, record=args.results)
 
 
 def table(runs: list[dict]) -> str:

@@ -59,6 +59,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import mask_steps, measures, optimizer
 from experiments.training.models import count_weights
+from experiments.training.progress import conclude, over
 from experiments.training.runs import check_same_command, record_once
 from experiments.training.transformer import Transformer, in_blocks, stack_axes
 
@@ -88,7 +89,8 @@ def perplexity(total_loss: Any, params: Any, part: np.ndarray, length: int, batc
 
 def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, Any]:
     """Train one seed, evaluate now and then, and return the record."""
-    begin, print_ = time.perf_counter(), Console(quiet=args.quiet).print
+    console = Console(quiet=args.quiet)
+    begin, print_ = time.perf_counter(), console.print
     key, rng = jax.random.key(seed), np.random.default_rng(seed)
     model = Transformer(
         *(args.layers, args.width, args.heads, args.length),
@@ -160,7 +162,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
             (params, tiles, opt_state), notes = store.restore((params, tiles, opt_state))
             dstee.check(tx, opt_state, shapes)
             history, begin = notes["history"], begin - notes["seconds"]
-    for i in range(1, args.steps + 1):
+    for i in over(range(1, args.steps + 1), f"{args.method}, seed {seed}", console):
         starts = rng.integers(0, len(text.train) - args.length, args.batch)
         if i <= first:
             continue
@@ -307,10 +309,15 @@ def main(argv: list[str] | None = None) -> None:
             print(table(records.read(args.table)))
             return
         text = texts.load(args.text, args.length)
+        runs = []
         for seed in args.seed:
-            record_once(args, run(args, text, seed))
+            runs.append(run(args, text, seed))
+            record_once(args, runs[-1])
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+    found = records.mean_sd((run["perplexity"] for run in runs), 3)
+    what = f"{args.method} at {args.sparsity:.0%}: test perplexity {found}"
+    conclude(Console(quiet=args.quiet), what, record=args.results, checkpoints=args.work_dir)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import METHODS, SCORED_PER_CLASS, measures
 from experiments.training.models import MLP, count_weights
+from experiments.training.progress import conclude, over
 from experiments.training.runs import check_same_command, record_once
 
 CLASSES = 10  # of each dataset
@@ -243,7 +244,8 @@ def step_ms(rows: list[dict[str, Any]], steps: int) -> float:
 
 def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
     """Train all seeds, evaluate after each epoch, and return the record."""
-    print_ = Console(quiet=args.quiet).print
+    console = Console(quiet=args.quiet)
+    print_ = console.print
     train, held_out = jax.device_put(arrays or load(args))
     trainer = Trainer(args, train[0].shape)
     state, rows, store = trainer.init(train), [], None
@@ -253,7 +255,8 @@ def run(args: argparse.Namespace, arrays: Any = None) -> dict[str, Any]:
         check_same_command(args, FREE)
         store = Checkpoints(args.work_dir, keep=True)
         state, rows = restored(store, trainer, state, train[0])
-    for epoch in range(len(rows), args.epochs):
+    first = len(rows)
+    for epoch in over(range(first, args.epochs), args.method, console, done=first):
         begin = time.perf_counter()
         if epoch == trainer.prune_at:
             state = trainer.prune(state, train[0])
@@ -338,9 +341,12 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse(argv)
     try:
-        record_once(args, run(args))
+        record = run(args)
+        record_once(args, record)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
+    what = f"{args.method} at {args.sparsity:.0%}: {records.mean_sd(record['accuracy'])}% right"
+    conclude(Console(quiet=args.quiet), what, record=args.results, checkpoints=args.work_dir)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -37,6 +36,7 @@ from experiments.training.methods import (
     optimizer,
     segments,
 )
+from experiments.training.progress import bar, conclude
 
 WIDTHS = (64, 256, 128, 10)
 BATCH = 64
@@ -293,18 +293,13 @@ def main(argv: list[str] | None = None) -> None:
         args.methods = [*METHODS]
     cells = [(m, s) for m in args.methods if m != "dense" for s in args.sparsity]
     cells = [("dense", 0.0)] * ("dense" in args.methods) + cells
-    columns = (
-        TextColumn("{task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     results = {}
-    with Progress(*columns) as progress:
-        bar = progress.add_task("", total=len(cells) * STEPS // EVAL_EVERY)
+    console = Console()
+    with bar(console) as progress:
+        task = progress.add_task("", total=len(cells) * STEPS // EVAL_EVERY)
         for method, sparsity in cells:
-            progress.update(bar, description=f"{method} at {sparsity:.0%}")
-            tick = lambda: progress.advance(bar)  # noqa: E731
+            progress.update(task, description=f"{method} at {sparsity:.0%}")
+            tick = lambda: progress.advance(task)  # noqa: E731
             results[method, sparsity] = train(
                 method,
                 sparsity,
@@ -349,9 +344,12 @@ def main(argv: list[str] | None = None) -> None:
                 "seconds": round(result.seconds, 1),
             }
             records.append(args.results, record)
-    Console().print(table)
+    console.print(table)
     picture(results, args.picture)
-    print(f"picture: {args.picture}")
+    method, sparsity = [*results][-1]
+    accuracy = records.mean_sd(results[method, sparsity].accuracy[:, -1])
+    what = f"{method} at {sparsity:.0%}: {accuracy}% of the {args.split} images right"
+    conclude(console, what, record=args.results if args.record else None, picture=args.picture)
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def test_quickstart(tmp_path, capsys, monkeypatch):
         ["--methods", "dense", "dst_ee", "--sparsity", "0.9", "--seeds", "2", f"--picture={path}"]
     )
     text = capsys.readouterr().out
-    assert f"picture: {path}" in text
+    assert f"picture in {path}" in text
     assert "0.1000" in text  # the density that came out
     with Image.open(path) as image:
         assert image.size[0] > 800

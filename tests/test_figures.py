@@ -162,7 +162,7 @@ def test_configs_are_written_by_the_command(tmp_path, monkeypatch):
     committed = {p.name: p.read_text() for p in write_configs.CONFIGS.glob("*.txt")}
     monkeypatch.setattr(write_configs, "CONFIGS", tmp_path)
     (tmp_path / "table9_old.txt").write_text("# gone")
-    write_configs.main()
+    write_configs.main([])
     assert {p.name: p.read_text() for p in tmp_path.glob("*.txt")} == committed
     # Table 1: 4 networks, 10 rows for VGG-19 and 8 for ResNet-50, and DST-EE's long ones.
     assert len(committed) == 2 * 11 + 2 * 9 + 11 + 2 * 3

@@ -1,4 +1,4 @@
-"""The README's Python blocks run, in order, as a reader would run them."""
+"""The Python blocks of README and pages run, in order, as a reader would run them."""
 
 import re
 from pathlib import Path
@@ -8,29 +8,65 @@ import jax.numpy as jnp
 import pytest
 
 import dstee_jax as dstee
+from experiments.report import table
 
 README = Path(__file__).parent.parent / "README.md"
 SUFFIXES = (".py", ".md", ".txt", ".ipynb")
 
 
+def blocks_of(path):
+    """The Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def run_blocks(path, namespace=None):
+    """Run the blocks of a page in order, as a reader would; returns their names."""
+    namespace = {} if namespace is None else namespace
+    for block in blocks_of(path):
+        exec(compile(block, str(path), "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_python_blocks_run(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), namespace)
-    printed = capsys.readouterr().out
-    assert "kernel" in printed
-    assert "11,760" in printed  # 5% of 784 * 300
-    tx, params = namespace["tx"], namespace["params"]
-    updates, state = tx.update(params, tx.init(params), params)
-    assert updates["kernel"].shape == (784, 300)
-    assert int(state.count) == 1
+    assert len(blocks_of(README)) == 3
+    namespace = run_blocks(README)
+    nnx_model, optax_alone = capsys.readouterr().out.split("leaf ")[1:]
+    assert "layers/0/kernel" in nnx_model
+    assert "23,820" in nnx_model  # 10% of 784 * 300 + 300 * 10
+    assert "11,760" in optax_alone  # 5% of 784 * 300
+    assert namespace["opt_state"].count == 3
+    model, optimizer = namespace["model"], namespace["optimizer"]
+    # 3.2 of 32 tiles in a column, rounded: 3, with their 96 inputs
+    assert model.layers[0].kernel.shape == (32, 96, 32)
+    assert int(dstee.get_state(optimizer.opt_state).count) == 3
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("page", ["recipes", "getting_started", "write_a_method", "resume"])
+def test_blocks_of_a_guide_run(page, capsys):
+    path = README.parent / "docs" / f"{page}.md"
+    assert len(blocks_of(path)) > 1
+    run_blocks(path)
+    for label, shown in re.findall(r"([\w ,%-]+): ([\d.]+)%", capsys.readouterr().out):
+        assert float(shown) > (85 if "at once" not in label and "pruned" not in label else 20), (
+            label
+        )
+
+
+def test_tables_of_the_results_page_are_what_the_commands_print(capsys):
+    page = README.parent / "docs" / "results.md"
+    for name in ("digits", "cifar"):
+        table.main([str(README.parent / "results" / f"{name}.jsonl"), "--pairs"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) > 30
+    assert set(lines) <= set(page.read_text().splitlines())
 
 
 def test_commands_name_modules_that_exist():
     folders = [README.parent / name for name in ("experiments", "benchmarks", "docs")]
     files = [path for folder in folders for path in folder.rglob("*.*") if path.suffix in SUFFIXES]
+    files = [path for path in files if "_build" not in path.parts]
     named = set()
     for path in [README, README.parent / "CHANGELOG.md", *files]:
         text = re.sub(r"\s+", " ", path.read_text())
@@ -43,7 +79,11 @@ def test_commands_name_modules_that_exist():
 
 def test_blocks_of_the_scaling_page_run():
     page = README.parent / "docs" / "scaling.md"
-    sharded, two_programs = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    parallel, sharded, two_programs = blocks_of(page)
+    namespace = {}
+    exec(compile(parallel, str(page), "exec"), namespace)
+    assert int(namespace["opt_state"].count) == 3
+    assert namespace["opt_state"].inner_state[0].mu["kernel"].size == 11760
     namespace = {}
     exec(compile(two_programs, str(page), "exec"), namespace)
     assert int(namespace["opt_state"].count) == 300
@@ -58,10 +98,7 @@ def test_blocks_of_the_scaling_page_run():
 
 def test_blocks_of_the_methods_page_run():
     page = README.parent / "docs" / "methods.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    namespace = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
+    namespace = run_blocks(page)
     params = {"kernel": jnp.ones((16, 8))}
     assert int(namespace["two_in_four"].init(params).masks["kernel"].sum()) == 64
     assert int(namespace["momentum_gmp"].init(params).masks["kernel"].sum()) == 64
@@ -70,9 +107,7 @@ def test_blocks_of_the_methods_page_run():
 @pytest.mark.usefixtures("quick_compilation")
 def test_blocks_of_the_jaxpruner_page_run(capsys):
     page = README.parent / "docs" / "from_jaxpruner.md"
-    namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, str(page), "exec"), namespace)
+    namespace = run_blocks(page)
     assert "hidden/kernel" in capsys.readouterr().out
     assert dstee.density(namespace["opt_state"]) == jnp.float32(103 / 512)
     assert (namespace["ste_grads"]["hidden"]["kernel"] != 0).all()
@@ -90,8 +125,7 @@ def test_blocks_of_the_jaxpruner_page_run(capsys):
 
 def test_blocks_of_the_speed_page_run(capsys):
     page = README.parent / "docs" / "speed.md"
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    pays, training, comparison, inference = blocks
+    pays, training, comparison, inference = blocks_of(page)
     small = {
         "(256, 1024)": "(8, 64)",
         "(1024, 1024)": "(64, 64)",

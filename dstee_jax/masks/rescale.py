@@ -15,8 +15,8 @@ def rescale(
 
     Initialisers choose the variance of a weight from the fan-in of the dense layer. With 5% of
     the weights active, the variance of a unit's input is 5% of what was meant; this restores
-    it. Networks with batch or layer norm need it less. An option, not a default: the README
-    says what it changed.
+    it. Networks with batch or layer norm need it less. An option, not a default:
+    docs/results.md says what it changed.
 
     Args:
       params: pytree of arrays, freshly initialised.

@@ -160,7 +160,7 @@ def acquisition(
     Args:
       c: the weight of exploration, in units of a gradient; 0 or more. Near the size of a
         typical inactive gradient both terms count; far above it growth is by age alone. The
-        default is measured: see `experiments/studies/sweep.py` and the README.
+        default is measured: see `experiments/studies/sweep.py` and docs/defaults.md.
       eps: above 0. With a small eps, c ln(t) / eps of a never-active weight swallows the
         gradient in float32; the unexplored weights tie, the tie goes to the lowest index, and
         a contiguous band of weights grows.

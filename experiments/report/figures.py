@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from rich.console import Console
 
 import dstee_jax as dstee
 from experiments.studies import length as study
@@ -28,6 +29,7 @@ from experiments.studies import tiles as tile_study
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints, by_name
+from experiments.training.progress import conclude
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -344,7 +346,8 @@ def main(argv: list[str] | None = None) -> None:
             figure = DRAWN[args.name](records.read(path))
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    print("\n".join(map(str, save(figure, args.out / args.name))))
+    png, svg = save(figure, args.out / args.name)
+    conclude(Console(), f"{args.name} drawn", picture=png, vectors=svg)
 
 
 if __name__ == "__main__":

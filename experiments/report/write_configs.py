@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments import linkpred
 from experiments.report import table2
 from experiments.report.table1 import PAPER as TABLE_1
+from experiments.training.arguments import Parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = {"vgg19": "VGG-19", "resnet50": "ResNet-50", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
@@ -133,8 +134,9 @@ def tables_3_and_4() -> dict[str, str]:
     return files
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write all files, and remove what is no row."""
+    Parser(__doc__).parse_args(argv)
     files = table_1() | table_2() | tables_3_and_4()
     CONFIGS.mkdir(exist_ok=True)
     for old in CONFIGS.glob("*.txt"):

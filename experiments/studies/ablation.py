@@ -13,11 +13,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
+from rich.console import Console
 
 from experiments import quickstart
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one, existing
+from experiments.training.progress import conclude, over
 
 BASE: dict[str, Any] = {
     "c": 1e-3,
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     settings: list[tuple[str, Any]] = [("base", None)]
     settings += [(option, value) for option in args.options for value in CHANGES[option]]
     runs = []
-    for option, value in track(settings, description="ablation"):
+    for option, value in over(settings, "ablation"):
         changed = BASE if option == "base" else BASE | {option: value}
         result = quickstart.train("dst_ee", args.sparsity, args.seeds, args.split, **changed)
         for seed in range(args.seeds):
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             records.append(args.results, run)
             runs.append(run)
     print(table(runs))
+    conclude(Console(), f"{len(settings)} settings, {args.seeds} seeds", record=args.results)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 import dstee_jax as dstee
 from dstee_jax import scores, trees
@@ -29,6 +30,7 @@ from experiments import cifar
 from experiments.data import cifar as data
 from experiments.training import records
 from experiments.training.arguments import Parser
+from experiments.training.progress import conclude, over
 
 AT, LATER = 1000, 2000
 SCORES = {"rigl": scores.gradient(), "dst_ee": scores.acquisition()}
@@ -83,7 +85,7 @@ def measure(args: argparse.Namespace, arrays: Any) -> list[dict[str, Any]]:
         trainer = cifar.Trainer(cifar.parse(options), len(images), args.seed)
         state = trainer.init()
         *early, last = _batches(trainer, steps, len(images))
-        for number, index in enumerate(early, start=1):
+        for number, index in enumerate(over(early, method), start=1):
             mask_step = number in trainer.learner.mask_steps
             state, _ = trainer.step(state, index, images, labels, mask_step)
         return trainer, state, last
@@ -142,6 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     named = ("model", "dataset", "sparsity", "epochs", "seed")
     record = {name: getattr(args, name) for name in named}
     records.append(args.results, record | {"data": args.note or args.dataset, "rows": rows})
+    conclude(Console(), f"{len(rows)} layers and rules", record=args.results)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import dstee_jax as dstee
 from experiments import mlp
 from experiments.studies.length import ROWS, name_of
-from experiments.studies.queue import Run, add_queue_options, recorded
+from experiments.studies.queue import Run, add_queue_options, work_off
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
 from experiments.training.epochs import in_segments
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=at_least_one, default=40)
     parser.add_argument("--seeds", type=at_least_one, default=4)
     args = parser.parse_args(argv)
-    print(table(recorded(args, queue(args))))
+    work_off(args, queue(args), table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import mlp
-from experiments.studies.queue import Run, add_queue_options, cifar_run, mlp_run, recorded
+from experiments.studies.queue import Run, add_queue_options, cifar_run, mlp_run, work_off
 from experiments.training import records
 from experiments.training.arguments import Parser
 
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [*PARTS, "small"]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     args = parser.parse_args(argv)
-    print(table(recorded(args, [*queue(args)])))
+    work_off(args, [*queue(args)], table)
 
 
 if __name__ == "__main__":

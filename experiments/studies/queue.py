@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
 from experiments import cifar, mlp
 from experiments.training import records
 from experiments.training.arguments import Parser, existing
+from experiments.training.progress import conclude, over
 
 
 class Run(NamedTuple):
@@ -62,6 +65,13 @@ def add_queue_options(parser: Parser, results: str) -> None:
     parser.add_argument("--table", type=existing, help="of records: print, train nothing")
 
 
+def work_off(args: argparse.Namespace, queue: Sequence[Run], table: Callable[..., str]) -> None:
+    """Work the queue off as `recorded` does, and print the table of what is recorded."""
+    runs = recorded(args, queue)
+    print(table(runs))
+    conclude(Console(), f"{len(runs)} runs", record=args.table or args.results)
+
+
 def recorded(args: argparse.Namespace, queue: Sequence[Run]) -> list[dict[str, Any]]:
     """The records of `--table`, or those of `--results` when the queue is worked off.
 
@@ -72,9 +82,10 @@ def recorded(args: argparse.Namespace, queue: Sequence[Run]) -> list[dict[str, A
     begin = time.monotonic()
     left = [run for run in queue if records.find(run.results, run.settings) is None]
     data, arrays = None, None
-    for i, run in enumerate(left):
+    console = Console()
+    for i, run in enumerate(over(left, "runs", console, done=len(queue) - len(left))):
         if time.monotonic() - begin > 60 * args.minutes:
-            print(f"{len(left) - i} runs are left: the same command goes on with them.\n")
+            console.print(f"{len(left) - i} runs are left: the same command goes on with them.\n")
             break
         if run.data != data:
             try:

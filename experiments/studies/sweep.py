@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from experiments import cifar, quickstart
 from experiments.data import cifar as data
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
+from experiments.training.progress import conclude, over
 
 SHARED = {
     "every": [25, 50, 100, 200],
@@ -117,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         plan = [
             (m, s, row) for m in methods for s in sparsities for row in draws(m, count, not digits)
         ]
-        for i, (method, sparsity, setting) in enumerate(plan):
+        console = Console()
+        for i, (method, sparsity, setting) in enumerate(over(plan, args.data, console)):
             if (method, sparsity, setting) in done:
                 continue
             if digits:
@@ -125,10 +128,11 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 accuracies = run_cifar(method, sparsity, setting, seeds, arrays)
             mean = np.mean(accuracies)
-            print(f"{i + 1}/{len(plan)} {method} {sparsity:.0%} {setting}: {mean:.2f}", flush=True)
+            console.print(f"{i + 1}/{len(plan)} {method} {sparsity:.0%} {setting}: {mean:.2f}")
             row = {"data": args.data, "split": "validation", "method": method, "sparsity": sparsity}
             records.append(path, row | {"setting": setting, "accuracies": accuracies})
     print(report(path))
+    conclude(Console(), f"{len(records.read(path))} settings", record=path)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich.console import Console
 
 import dstee_jax as dstee
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
+from experiments.training.progress import conclude, over
 
 SHAPE = (8, 16)
 DELTA_T = 4
@@ -132,7 +134,7 @@ def traces(problem: Problem, rounds: int, rate: float, seeds: int) -> Trace:
 
 def convergence(problem: Problem, seeds: int = SEEDS, all_rounds=ROUNDS) -> dict[str, Any]:
     """Proposition 2: the mean squared gradient norm against Q, above the floor of the masks."""
-    by_rounds = [traces(problem, q, rate_of(q), seeds) for q in all_rounds]
+    by_rounds = [traces(problem, q, rate_of(q), seeds) for q in over(all_rounds, "lengths")]
     # The longest run has come to a standstill: what its last quarter leaves does not get smaller.
     floor = by_rounds[-1].masked_gradient[:, -all_rounds[-1] // 4 :].mean(1)
     means = np.stack([t.masked_gradient.mean(1) for t in by_rounds], 1)  # (seeds, Q)
@@ -198,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     records.append(
         args.results, {"seeds": args.seeds, "proposition_1": first, "proposition_2": second}
     )
+    conclude(Console(), f"both propositions, {args.seeds} seeds", record=args.results)
 
 
 if __name__ == "__main__":

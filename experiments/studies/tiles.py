@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.studies.queue import Run, add_queue_options, mlp_run, recorded
+from experiments.studies.queue import Run, add_queue_options, mlp_run, work_off
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=at_least_one, default=5)
     parser.add_argument("--seeds", type=at_least_one, default=3)
     args = parser.parse_args(argv)
-    print(table(recorded(args, queue(args))))
+    work_off(args, queue(args), table)
 
 
 if __name__ == "__main__":

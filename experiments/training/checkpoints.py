@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from dstee_jax.trees import path_name
 
 # Replicas share the saving of arrays of 1 MiB and more. Of each shape they save slices, one
 # program for each device: for small arrays, compiling them is most of the first save.
+_verbosity = logging.get_verbosity()
+logging.set_verbosity(logging.ERROR)  # not a warning that this overrides a handler
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
     override=True,
 )
+logging.set_verbosity(_verbosity)
 
 
 class Checkpoints:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
 from experiments.training import sis
-from experiments.training.arguments import choice
+from experiments.training.arguments import Parser, choice
 from experiments.training.methods import (
     DISTRIBUTIONS,
     METHODS,
@@ -64,32 +64,43 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, shape ()
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
+def add_method_options(parser: Parser) -> None:
     """The command line's options of the method, the same for every experiment."""
     add = parser.add_argument
     add("--method", type=choice([*METHODS]), default="dst_ee", help=", ".join(METHODS))
     add("--sparsity", type=float, default=0.95, help="in [0, 1); not used by dense")
     add("--every", type=int, help="steps between mask updates")
-    add("--start", type=float, help="share of training before the first mask update")
-    add("--stop", type=float, help="share of training after which masks stay")
-    add("--drop_fraction", type=float)
+    add("--start", rare=True, type=float, help="share of training before the first mask update")
+    add("--stop", rare=True, type=float, help="share of training after which masks stay")
+    add("--drop_fraction", rare=True, type=float)
     add("--c", type=float, help="exploration coefficient of dst_ee")
-    add("--eps", type=float)
-    add("--structure", type=choice([*STRUCTURES]), help="of the masks: " + ", ".join(STRUCTURES))
-    add("--distribution", type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
+    add("--eps", rare=True, type=float)
+    add(
+        "--structure",
+        rare=True,
+        type=choice([*STRUCTURES]),
+        help="of the masks: " + ", ".join(STRUCTURES),
+    )
+    add("--distribution", rare=True, type=choice([*DISTRIBUTIONS]), help=", ".join(DISTRIBUTIONS))
     normalize = "the scale-free acquisition of dst_ee: gradients over their layer's mean"
-    add("--normalize", action="store_true", default=None, help=normalize)
-    add("--counter_init", choices=["masks", "zeros"], help="of dst_ee")
+    add("--normalize", rare=True, action="store_true", default=None, help=normalize)
+    add("--counter_init", rare=True, choices=["masks", "zeros"], help="of dst_ee")
     regrow = "whether weights may grow in the round that drops them"
-    add("--regrow", action=argparse.BooleanOptionalAction, help=regrow)
+    add("--regrow", rare=True, action=argparse.BooleanOptionalAction, help=regrow)
     scale = "sparse-aware initial scale"
-    add("--rescale", action=argparse.BooleanOptionalAction, default=False, help=scale)
+    add("--rescale", rare=True, action=argparse.BooleanOptionalAction, default=False, help=scale)
     add(
         "--sparse_allreduce",
+        rare=True,
         action="store_true",
         help="data-parallel over all devices, with dstee.pmean; batch norm sees a device's part",
     )
-    add("--bf16", action="store_true", help="compute in bfloat16; parameters stay float32")
+    add(
+        "--bf16",
+        rare=True,
+        action="store_true",
+        help="compute in bfloat16; parameters stay float32",
+    )
 
 
 class Learner:

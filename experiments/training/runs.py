@@ -103,7 +103,8 @@ class Log:
 
     def __init__(self, args: argparse.Namespace, first_step: int):
         self.on = jax.process_index() == 0
-        self.print = Console(quiet=args.quiet or not self.on).print
+        self.console = Console(quiet=args.quiet or not self.on)
+        self.print = self.console.print
         self.events = Events(args.work_dir, first_step)
         self.path = args.work_dir / "metrics.jsonl"
         if self.on and self.path.exists():  # without what came after the last checkpoint
