@@ -1,6 +1,6 @@
 """What the programs of a TPU or an H100 take, from their compilers: nothing is run.
 
-    python -m benchmarks.compiled --target tpu:v5e:4x4 --programs 'optimizer/vgg19/*'
+    python -m benchmarks.compiled --target tpu:v5e:4x4 --programs 'optimizer.vgg19.*'
 
 Needs the extra `compile`, and no accelerator. Targets: TPU slices (tpu:v4:2x2x1, tpu:v5e:16x16,
 tpu:v6e:4x4) and gpu:h100, gpu:h100x8. `--list` names the programs; a name may have wildcards.
@@ -142,7 +142,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser, names = Parser(__doc__), list(programs())
     add = parser.add_argument
     add("--target", nargs="+", default=["tpu:v5e:4x4"], help=targets.EXAMPLES)
-    add("--programs", nargs="+", default=["optimizer/vgg19/*", "selection/*", "product/*"])
+    add("--programs", nargs="+", default=["optimizer.vgg19.*", "selection.*", "product.*"])
     add("--list", action="store_true", help="the names of the programs, and leave")
     add("--again", action="store_true", help="compile what is recorded, too")
     add("--results", type=Path, default=records.RESULTS / "compiled.jsonl")

@@ -1,6 +1,6 @@
 """Programs that `benchmarks.compiled` compiles: optimizers, selections, products, training steps.
 
-Each by a name, `optimizer/vgg19/packed/mask_step`, that begins with what the program is and ends
+Each by a name, `optimizer.vgg19.packed.mask_step`, that begins with what the program is and ends
 with which form of it. Nothing here is run or made: all arguments are shapes.
 """
 
@@ -47,12 +47,12 @@ def programs() -> dict[str, Callable[[str], Program]]:
     for network in NETWORKS:
         for form in ("plain", "packed", "tiles"):
             for step in ("ordinary", "mask_step"):
-                found[f"optimizer/{network}/{form}/{step}"] = functools.partial(
+                found[f"optimizer.{network}.{form}.{step}"] = functools.partial(
                     optimizer, network, form, step == "mask_step"
                 )
-        found[f"optimizer/{network}/dense"] = functools.partial(optimizer, network)
+        found[f"optimizer.{network}.dense"] = functools.partial(optimizer, network)
     for form in ("dense", "ordinary"):
-        found[f"optimizer/vgg19/sgd_bf16/{form}"] = functools.partial(
+        found[f"optimizer.vgg19.sgd_bf16.{form}"] = functools.partial(
             optimizer,
             "vgg19",
             None if form == "dense" else "plain",
@@ -61,14 +61,14 @@ def programs() -> dict[str, Callable[[str], Program]]:
         )
     for way in ("argsort", "top_k", "bisection"):
         for k in (35_000, 235_000):
-            found[f"selection/{way}/{k}"] = functools.partial(selection, way, k)
-    found["product/dense"] = product
+            found[f"selection.{way}.{k}"] = functools.partial(selection, way, k)
+    found["product.dense"] = product
     for side in (128, 256, 512):
-        found[f"product/tiles_{side}"] = functools.partial(product, side)
+        found[f"product.tiles_{side}"] = functools.partial(product, side)
     for name, build in TRAINING.items():
         for form in ("dense", "ordinary", "mask_step"):
             if (name, form) != ("lm_tiles", "dense"):
-                found[f"training/{name}/{form}"] = functools.partial(build, form)
+                found[f"training.{name}.{form}"] = functools.partial(build, form)
     return found
 
 
@@ -293,7 +293,10 @@ def train_lm(form: str, *, target: str, size: Size, tile: tuple[int, int] | None
         (size.batch, size.length + 1), jnp.int32, sharding=NamedSharding(mesh, P("data"))
     )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    # Said of the results too: left to it, XLA replicates the parameters of a mask step.
+    kept = jax.tree.map(lambda x: x.sharding, (params, state))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=kept)
     def step(params, state, tiles, tokens):
         def loss(params):
             network = nnx.merge(graph, params, tiles, copy=True)

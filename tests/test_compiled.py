@@ -182,7 +182,7 @@ def test_a_compiler_that_is_missing(monkeypatch):
 
 def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        compiled.parse(["--programs", "optimiser/*"])
-    assert "names none of: optimizer/layer" in capsys.readouterr().err
+        compiled.parse(["--programs", "optimiser.*"])
+    assert "names none of: optimizer.layer" in capsys.readouterr().err
     compiled.main(["--list"])
-    assert "training/billion/mask_step" in capsys.readouterr().out
+    assert "training.billion.mask_step" in capsys.readouterr().out
