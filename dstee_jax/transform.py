@@ -199,10 +199,10 @@ def transform(
     )
     if packed and inner is None:
         raise ValueError("packed=True is about inner's state: give an optimizer to transform.")
-    if (packed or indices) and not rule.plan.exchanges:
+    if (packed or indices) and not rule.keeps_counts:
         raise ValueError(
-            "packed=True and indices=True need a plan that exchanges, so that counts stay: leave "
-            "them out."
+            "packed=True and indices=True need a plan that exchanges, and a structure without "
+            "ablation, so that counts stay: leave them out."
         )
     if grow_batches != int(grow_batches) or grow_batches < 1:
         raise ValueError(f"grow_batches={grow_batches} must be an integer of 1 or more.")

@@ -145,8 +145,8 @@ def _adapted(
     """A leaf's new mask: the largest active weights, or all of them and some at random."""
     if is_dense(fresh) or spec is None:
         return fresh
-    wanted = jnp.asarray(spec.target if config.rule.plan.exchanges else spec.start, jnp.int32)
-    if not config.rule.plan.exchanges and not before.all():
+    wanted = jnp.asarray(spec.target if config.rule.keeps_counts else spec.start, jnp.int32)
+    if not config.rule.keeps_counts and not before.all():
         return before  # the plan brings the count to where it is to be
     active = jnp.sum(split(before, spec.grid), inner_axes(before.shape, spec.grid), dtype=jnp.int32)
     if config.rule.structure is not None:

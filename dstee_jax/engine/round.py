@@ -125,7 +125,7 @@ def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> lis
     rule, names = inputs.config.rule, [inputs.names[i] for i in group]
     pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
     if rule.searches_alone:
-        return [rule.exchange_alone(*pair) for pair in pairs]
+        return [rule.exchange_alone(*p, name) for p, name in zip(pairs, names, strict=True)]
     reduced = [rule.reduce(*pair, inputs.count) for pair in pairs]
     places = alike(names, reduced)
     stacks = [[reduced[j] for j in part] for part in places]

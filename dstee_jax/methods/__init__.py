@@ -13,6 +13,7 @@ from dstee_jax.methods.exchange import (
     rigl_itop,
     set,
     set_itop,
+    srigl,
     static,
 )
 from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
@@ -37,5 +38,6 @@ __all__ = [
     "set",
     "set_itop",
     "snfs",
+    "srigl",
     "static",
 ]

@@ -12,6 +12,7 @@ from dstee_jax.methods._common import (
     make,
 )
 from dstee_jax.rules import memory, penalties, plans, scores
+from dstee_jax.rules.ablation import Exempt, ablation
 
 
 def static(inner: Inner = None, **options: Unpack[Options]) -> Transform:
@@ -73,6 +74,48 @@ def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untime
       k is rounded down, theirs up; first masks have exact counts, theirs are Bernoulli draws.
     """
     defaults = itop(total_steps) | {"grow": scores.gradient(), "every": 4000}
+    return make(inner, defaults, options)
+
+
+def srigl(
+    inner: Inner = None,
+    *,
+    gamma: float = 0.3,
+    of_dense: bool = False,
+    exempt: Exempt = lambda name, shape: False,
+    output_axis: int = -1,
+    **options: Unpack[Options],
+) -> Transform:
+    """SRigL: RigL with a constant fan-in, and units of few salient weights ablated.
+
+    Args:
+      inner: the optimizer.
+      gamma: share of a unit's active inputs that must be salient; 0.95 for vision transformers.
+      of_dense, exempt, output_axis: of `structures.ablation`, which has the rule. Exempt the last
+        layer.
+      **options: of `dstee.transform`; `grow_batches=n` is their accumulation of gradients.
+
+    Raises:
+      ValueError: gamma is negative.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> tx = dstee.methods.srigl(optax.sgd(0.1), sparsity=0.9, total_steps=400,
+      ...                          key=jax.random.key(0),
+      ...                          exempt=lambda name, shape: "head" in name)
+      >>> params = {"body": {"kernel": jnp.ones((20, 8))}, "head": {"kernel": jnp.ones((8, 6))}}
+      >>> tx.init(params).masks["body"]["kernel"].sum(0).tolist()
+      [2, 2, 2, 2, 2, 2, 2, 2]
+
+    References:
+      Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.1, and its
+      code.
+
+    Deviations:
+      Those of `structures.ablation`; as `rigl`.
+    """
+    structure = ablation(gamma, of_dense=of_dense, exempt=exempt, output_axis=output_axis)
+    defaults = {"grow": scores.gradient(), "regrow": True, "structure": structure}
     return make(inner, defaults, options)
 
 

@@ -14,6 +14,13 @@ from dstee_jax import at_init, methods, soft_threshold, structures
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure", "regrow")
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
+
+
+def _classes(name: str, shape: Sequence[int]) -> bool:
+    """Whether the units of a leaf are classes, or the one output of `linkpred`."""
+    return "head" in name or shape[-1] in (1, 10)
+
+
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
 
 
@@ -75,6 +82,10 @@ METHODS = {
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
     "rigl_itop": Method(methods.rigl_itop, ("every",)),
+    "srigl": Method(
+        functools.partial(methods.srigl, exempt=_classes),
+        ("every", "start", "stop", "drop_fraction"),
+    ),
     "dst_ee": Method(methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init")),
 }
 
