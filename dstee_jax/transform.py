@@ -47,6 +47,7 @@ def transform(
     plan: Plan | None = None,
     memory: Memory | None = None,
     penalty: Score | None = None,
+    scale: Score | None = None,
     structure: Structure | None = None,
     counter_init: str = "masks",
     counter_update: str = "new",
@@ -104,6 +105,9 @@ def transform(
         scores find it in `leaf.rule_state`.
       penalty: a function of a leaf, as a score is, added to the gradient of active weights
         before it reaches `inner`: the gradient of a regulariser, or noise. Needs `inner`.
+      scale: a function of a leaf, as a score is, that multiplies the updates of active weights
+        after `inner`, as `scales.warm_up(100)`, so that what has just grown starts slowly. Takes 4
+        bytes a weight, for the step at which it was grown. Not with `packed`.
       structure: which masks are allowed, as `structures.tiles((32, 32))`; default any. Needs the
         default plan.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
@@ -199,6 +203,11 @@ def transform(
     )
     if packed and inner is None:
         raise ValueError("packed=True is about inner's state: give an optimizer to transform.")
+    if packed and scale is not None:
+        raise ValueError(
+            "scale= looks at all weights of a leaf, packed=True at the active ones: leave one of "
+            "them out."
+        )
     if (packed or indices) and not rule.keeps_counts:
         raise ValueError(
             "packed=True and indices=True need a plan that exchanges, and a structure without "
@@ -226,6 +235,7 @@ def transform(
         blocks=blocks,
         memory=memory,
         penalty=penalty,
+        scale=scale,
         update_weights=update_weights,
         packed=packed,
         indices=packed or indices or bool(structure is not None and structure.tile),

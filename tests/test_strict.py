@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
-from dstee_jax import at_init, memory, methods, plans, scores, soft_threshold, structures
+from dstee_jax import at_init, memory, methods, plans, scales, scores, soft_threshold, structures
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -95,6 +95,9 @@ OPTIONS = {
     "memory": {"memory": memory.dense_momentum(), "grow": scores.momentum()},
     "signs": {"memory": memory.signs(), "drop": scores.along_sign()},
     "penalty": {"penalty": lambda leaf: jnp.asarray(0.01, leaf.param.dtype) * leaf.param},
+    "warm start": {"scale": scales.product(scales.warm_up(5), scales.own_bias_correction())},
+    "warm start, stacked": {"scale": scales.warm_up(5), "stack_axes": stacked},
+    "warm start, tiles": {"scale": scales.density(), "structure": structures.tiles((2, 2))},
     "masks": {"masks": whole_masks, "sparsity": None},
     "by name": {"sparsity": {"a/kernel": 0.5, "b/kernel": 0.75}},
     "top_k": {"selection": "top_k"},

@@ -82,6 +82,7 @@ SCHEDULED = (
     "snfs",
     "gmp",
     "srigl",
+    "smet",
 )
 OPTIONS = {method: {"every": 10} for method in (*SCHEDULED, "granet", "ac_dc")}
 OPTIONS |= {method: {"every": 20} for method in ("cht", "chts")}  # two mask steps a round

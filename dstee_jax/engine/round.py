@@ -52,7 +52,7 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         weight = now.params[i] if now.params else inputs.weights[i]
         if now.updates:
             weight = optax.apply_updates(weight, now.updates[i])
-        return inputs.view(i, weight, grad, now.masks[i], now.counters[i])
+        return inputs.view(i, weight, grad, now.masks[i], now.counters[i], now.grown[i])
 
     specs = {i: spec for i in moving if (spec := inputs.specs[i]) is not None}
     amounts, plan_state = _amounts(inputs, specs, view, now.plan_state)
@@ -75,11 +75,16 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         changed = round_()
         for i, pair in zip(group, changed, strict=True):
             masks[i], counters[i] = pair
+    grown = list(now.grown)
+    if config.scale is not None:
+        for i in moving:
+            grown[i] = jnp.where(masks[i] & ~now.masks[i], inputs.count, grown[i])
     return now._replace(
         masks=masks,
         counters=counters,
         plan_state=plan_state,
         places=renewed(masks, now.places),
+        grown=grown,
     )
 
 

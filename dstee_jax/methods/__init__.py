@@ -13,6 +13,7 @@ from dstee_jax.methods.exchange import (
     rigl_itop,
     set,
     set_itop,
+    smet,
     srigl,
     static,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "rigl_itop",
     "set",
     "set_itop",
+    "smet",
     "snfs",
     "srigl",
     "static",

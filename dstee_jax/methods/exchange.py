@@ -7,11 +7,12 @@ from dstee_jax.methods._common import (
     Options,
     Transform,
     Untimed,
+    cosine,
     halved_by_thirds,
     itop,
     make,
 )
-from dstee_jax.rules import memory, penalties, plans, scores
+from dstee_jax.rules import memory, penalties, plans, scales, scores
 from dstee_jax.rules.ablation import Exempt, ablation
 
 
@@ -171,6 +172,56 @@ def mest(
         "every": 1950,
         "stop": 0.9,
         "update_weights": True,
+    }
+    return make(inner, defaults, options)
+
+
+def smet(
+    inner: Inner = None,
+    *,
+    total_steps: int,
+    warm_up: int = 100,
+    betas: tuple[float, float] | None = (0.9, 0.999),
+    **options: Unpack[Untimed],
+) -> Transform:
+    """SMET: drop by magnitude, grow at random, and warm up what has just grown.
+
+    A grown weight counts its own steps, for Adam's bias correction and for a ramp of its update
+    over `warm_up` steps. The drop fraction goes from 0.2 by cosine to 0.005.
+
+    Args:
+      inner: the optimizer.
+      total_steps: number of calls of `update` in the whole training.
+      warm_up: W, 100 as `every`.
+      betas: Adam's; None if `inner` is not of its kind.
+      **options: of `dstee.transform`; `scale=` in place of the warm start, as
+        `scales.product(scales.warm_up(), scales.density())` for the density-aware rate.
+
+    Raises:
+      ValueError: `warm_up` or `betas` are out of range.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.smet(optax.adam(1e-3), sparsity=0.9, total_steps=400,
+      ...                         key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      [100, 200, 300, 400]
+
+    References:
+      SMET, 2026, and its code (github.com/QiaoXiao7282/SMET).
+
+    Deviations:
+      Those of `scales.warm_up` and `scales.own_bias_correction`. Theirs trains blocks of weights,
+      with embeddings and head dense (`where=`). The density-aware rate is off, as in their code.
+    """
+    ramp = [scales.warm_up(warm_up)]
+    corrections = [] if betas is None else [scales.own_bias_correction(*betas)]
+    defaults = {
+        "total_steps": total_steps,
+        "grow": scores.random(),
+        "scale": scales.product(*ramp, *corrections),
+        "drop_fraction": cosine(total_steps, 0.2, 0.025),
+        "stop": 1.0,
     }
     return make(inner, defaults, options)
 

@@ -78,6 +78,10 @@ METHODS = {
     "dsr": Method(methods.dsr, ("every",)),
     "cht": Method(methods.cht, ("every", "stop", "drop_fraction")),
     "chts": Method(methods.chts, ("every", "stop", "drop_fraction")),
+    "smet": Method(
+        functools.partial(methods.smet, betas=None),  # the experiments' optimizer is SGD
+        ("every", "start", "stop"),
+    ),
     "mest": Method(methods.mest, ("every",)),
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
