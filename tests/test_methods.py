@@ -219,6 +219,43 @@ def test_mest():
             np.testing.assert_array_equal(kernel(new.masks, name), expected)
 
 
+def test_mest_moves_a_share_of_all_weights():
+    tx = methods.mest(optax.sgd(0.01), every=6, mutation=0.05, gradient_weight=0.5, **MAKE)
+    steps = trajectory(tx)
+    moved = {t: 0.05 if t < 34 else 0.025 for t in range(6, 46, 6)}
+    for t in range(1, STEPS + 1):
+        (params, state, grads), (_, new, _) = steps[t - 1], steps[t]
+        for name in NAMES:
+            mask, g = kernel(state.masks, name), kernel(grads, name)
+            w = kernel(params, name) - 0.01 * g * mask
+            k = math.floor(np.float32(moved.get(t, 0)) * mask.size)
+            score = random_score(t, name, mask.shape)
+            expected = swap(mask, abs(w) + 0.5 * abs(g), score, k, k)
+            np.testing.assert_array_equal(kernel(new.masks, name), expected)
+
+
+def test_set_as_published_drops_on_both_sides_of_zero():
+    tx = methods.set(optax.sgd(0.01), zeta=0.3, every=10, **MAKE)
+    steps = trajectory(tx)
+    for t in range(10, STEPS + 1, 10):
+        (params, state, grads), (after, new, _) = steps[t - 1], steps[t]
+        for name in NAMES:
+            mask = kernel(state.masks, name)
+            w = (kernel(params, name) - 0.01 * kernel(grads, name)) * mask
+            k = math.floor(np.float32(0.3) * mask.sum())
+            negative = sorted(np.flatnonzero(mask & (w < 0)), key=lambda i, w=w: -w.ravel()[i])
+            positive = sorted(np.flatnonzero(mask & (w >= 0)), key=lambda i, w=w: w.ravel()[i])
+            below = math.floor(np.float32(0.3) * len(negative))
+            gone = [*negative[:below], *positive[: k - below]]
+            assert abs(len(gone) - below - 0.3 * len(positive)) <= 1
+            left, free = mask.copy(), random_score(t, name, mask.shape).copy()
+            left.ravel()[gone] = False
+            free[left] = -1
+            left.ravel()[np.argsort(-free.ravel())[:k]] = True
+            np.testing.assert_array_equal(kernel(new.masks, name), left)
+            np.testing.assert_allclose(kernel(after, name), w * (mask & left), atol=1e-6)
+
+
 def test_granet():
     tx = methods.granet(optax.sgd(0.01), every=6, **MAKE)
     steps = trajectory(tx)
@@ -457,6 +494,8 @@ def _apportion(leaves):
     [
         (lambda: methods.mest_ems(elastic=0.5, **MAKE), "elastic=0.5 must be 1 or more"),
         (lambda: methods.mest_ems(**(MAKE | {"sparsity": {"a": 0.1}})), "one sparsity for the"),
+        (lambda: methods.set(zeta=1.5, **MAKE), "fraction=1.5 must be in"),
+        (lambda: methods.mest(mutation=0.0, **MAKE), "mutation=0.0 must be a share of all"),
         (lambda: methods.gap(partitions=1, **MAKE), "partitions=1 must be at least 2"),
         (lambda: methods.gmp(initial_sparsity=1.0, **MAKE), "initial_sparsity=1.0 must be in"),
         (lambda: methods.ac_dc(start=0.9, **MAKE), "start=0.9, stop=0.85, .* start comes first"),

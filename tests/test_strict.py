@@ -108,6 +108,7 @@ OPTIONS = {
     "acquisition": {"grow": scores.acquisition(normalize=True, signed=True)},
     "random": {"grow": scores.random(), "regrow": True},
     "saliency": {"drop": scores.normalized(scores.saliency())},
+    "two sides": {"drop": scores.two_sided(0.3), "drop_fraction": optax.constant_schedule(0.3)},
     "sampled": {"drop": scores.sampled(scores.magnitude(), 2.0)},
     "update_weights": {"update_weights": True},
     "callable every": {"every": lambda step: 3},

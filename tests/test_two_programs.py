@@ -83,6 +83,8 @@ SCHEDULED = (
     "gmp",
     "srigl",
     "smet",
+    "set_published",
+    "mest_published",
 )
 OPTIONS = {method: {"every": 10} for method in (*SCHEDULED, "granet", "ac_dc")}
 OPTIONS |= {method: {"every": 20} for method in ("cht", "chts")}  # two mask steps a round

@@ -99,6 +99,11 @@ def halved_by_thirds(total_steps: int) -> optax.Schedule:
     return schedule
 
 
+def halved_at(step: int, first: float) -> optax.Schedule:
+    """`first`, and half of it from that step on."""
+    return lambda count: jnp.where(count < step, first, first / 2)
+
+
 def linear(total_steps: int, first: float, last: float) -> optax.Schedule:
     """From `first` at step 0 to `last` at the end, in a straight line."""
     steps = max(total_steps, 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf, at_least_float32
 
@@ -53,6 +54,44 @@ def magnitude_and_gradient(weight: float = 1.0) -> Score:
       Edge", 2021, Section 3.
     """
     return lambda leaf: jnp.abs(leaf.param) + weight * jnp.abs(leaf.grad)
+
+
+def two_sided(fraction: float = 0.3) -> Score:
+    """The smallest positive and the largest negative weights: the drop rule of SET as published.
+
+    Of a leaf's active weights, floor(fraction n) of the n negative ones are dropped, those nearest
+    to zero, and of the others those nearest to zero for the rest of what is dropped.
+
+    Args:
+      fraction: zeta, in [0, 1]; the same as `drop_fraction=optax.constant_schedule(zeta)`.
+
+    Raises:
+      ValueError: it is out of range.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp
+      >>> w, mask = jnp.array([3.0, 1.0, -5.0, -4.0, 2.0, 6.0]), jnp.ones(6, bool)
+      >>> leaf = dstee.Leaf(w, None, mask, mask, jax.random.key(0), 1)
+      >>> jax.lax.top_k(-two_sided(0.5)(leaf), 3)[1].tolist()  # -4, 1 and 2
+      [3, 1, 4]
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", 2018, Algorithm 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be in [0, 1], as 0.3.")
+
+    def score(leaf: Leaf) -> jax.Array:
+        w = leaf.param.astype(at_least_float32(leaf.param.dtype))
+        negative = leaf.mask & (w < 0)
+        n = jnp.sum(negative, dtype=jnp.int32).astype(jnp.float32)
+        k = jnp.floor(fraction * n).astype(jnp.int32)
+        (first,) = largest_of_all([jnp.where(negative, w, -jnp.inf)], k)
+        others = jnp.where(negative, jnp.finfo(w.dtype).max, jnp.abs(w))
+        return jnp.where(first, -jnp.ones_like(w), others)
+
+    return score
 
 
 def saliency() -> Score:

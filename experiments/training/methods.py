@@ -21,6 +21,14 @@ def _classes(name: str, shape: Sequence[int]) -> bool:
     return "head" in name or shape[-1] in (1, 10)
 
 
+def _mest_published(
+    inner: optax.GradientTransformation, *, sparsity: float, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """MEST with the shares of its scripts, 0.02 of all weights at 90%, and their lambda."""
+    shares = {"mutation": 0.2 * (1 - sparsity), "gradient_weight": 0.5}
+    return methods.mest(inner, sparsity=sparsity, **shares, **options)
+
+
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
 
 
@@ -73,6 +81,7 @@ METHODS = {
     # sparse from the first step to the last
     "deep_r": Method(methods.deep_r),
     "set": Method(methods.set, _SCHEDULE),
+    "set_published": Method(functools.partial(methods.set, zeta=0.3), ("every",)),
     "set_itop": Method(methods.set_itop, ("every",)),
     "snfs": Method(methods.snfs, ("every",)),
     "dsr": Method(methods.dsr, ("every",)),
@@ -83,6 +92,7 @@ METHODS = {
         ("every", "start", "stop"),
     ),
     "mest": Method(methods.mest, ("every",)),
+    "mest_published": Method(_mest_published, ("every",)),
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
     "rigl_itop": Method(methods.rigl_itop, ("every",)),
