@@ -114,6 +114,8 @@ OPTIONS = {
     "callable every": {"every": lambda step: 3},
     "schedule": {"drop_fraction": optax.constant_schedule(0.3)},
     "of all": {"plan": plans.exchange(of_all=True), "drop_fraction": 0.1},
+    "overall": {"plan": plans.exchange(overall=True)},
+    "subset": {"grow": scores.subset(scores.gradient())},
     "below zero": {"plan": plans.below_zero(), "drop": scores.magnitude()},
     "redistribute": {"plan": plans.redistribute(scores.magnitude())},
     "threshold": {"plan": plans.adaptive_threshold()},

@@ -83,6 +83,7 @@ SCHEDULED = (
     "gmp",
     "srigl",
     "smet",
+    "gse",
     "set_published",
     "mest_published",
 )

@@ -101,6 +101,7 @@ def _amounts(
         Round(
             leaves=list(leaves.values()),
             drop_scores=[rule.score(0, leaf, specs[i]) for i, leaf in leaves.items()],
+            grow_scores=lambda: [rule.score(1, leaf, specs[i]) for i, leaf in leaves.items()],
             targets=[spec.target for spec in specs.values()],
             starts=[spec.start for spec in specs.values()],
             fraction=jnp.asarray(rounds.fraction(count), jnp.float32),

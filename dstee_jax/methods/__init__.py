@@ -18,7 +18,7 @@ from dstee_jax.methods.exchange import (
     static,
 )
 from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
-from dstee_jax.methods.redistribute import dsr, snfs
+from dstee_jax.methods.redistribute import dsr, gse, snfs
 from dstee_jax.methods.topological import cht, chts
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "gap",
     "gmp",
     "granet",
+    "gse",
     "mest",
     "mest_ems",
     "rigl",

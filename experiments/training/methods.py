@@ -85,6 +85,7 @@ METHODS = {
     "set_itop": Method(methods.set_itop, ("every",)),
     "snfs": Method(methods.snfs, ("every",)),
     "dsr": Method(methods.dsr, ("every",)),
+    "gse": Method(methods.gse, ("every", "stop")),
     "cht": Method(methods.cht, ("every", "stop", "drop_fraction")),
     "chts": Method(methods.chts, ("every", "stop", "drop_fraction")),
     "smet": Method(
