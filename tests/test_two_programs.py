@@ -69,7 +69,7 @@ def check_same(tx, due):
     return changes
 
 
-FIXED = ("dense", "static", "magnitude", "snip", "grasp", "synflow", "str", "sis")
+FIXED = ("dense", "static", "magnitude", "snip", "grasp", "synflow", "csti", "str", "sis")
 # Of methods whose own schedule has no round in so few steps.
 SCHEDULED = (
     "set",

@@ -18,6 +18,7 @@ from dstee_jax.masks.counts import LeafSpec, total
 from dstee_jax.rules.plans import Round
 from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.state import Leaf
+from dstee_jax.trees import is_dense
 
 # Bytes of keys on a device that are searched together; beyond it a round searches group by group.
 # 1 GiB holds the keys of 256 million weights: any network that trains on one device without
@@ -75,6 +76,10 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         changed = round_()
         for i, pair in zip(group, changed, strict=True):
             masks[i], counters[i] = pair
+    if config.rule.plan.trim is not None:
+        masks = _trimmed(inputs, masks, [drop for drop, _ in amounts.values()])
+        for i in moving:
+            counters[i] = _add(config.rule, now.masks[i], now.counters[i], masks[i])
     grown = list(now.grown)
     if config.scale is not None:
         for i in moving:
@@ -114,6 +119,15 @@ def _amounts(
     )
     rows = zip(specs, drops, grows, strict=True)
     return {i: (k, None if rule.plan.exchanges else grow) for i, k, grow in rows}, plan_state
+
+
+def _trimmed(inputs: StepInputs, masks: list[Any], drops: list[Any]) -> list[Any]:
+    """What the plan's `trim` leaves of the masks, if the round drops anything."""
+    trim = inputs.config.rule.plan.trim
+    assert trim is not None
+    dropping = jnp.any(jnp.stack([jnp.asarray(drop) for drop in drops]) > 0)
+    pairs = zip(masks, trim(inputs.names, masks), strict=True)
+    return [m if is_dense(m) else m & (left | ~dropping) for m, left in pairs]
 
 
 def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exchange:

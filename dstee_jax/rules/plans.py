@@ -55,6 +55,8 @@ class Plan(NamedTuple):
       starts: `(targets, sizes, spread) -> counts at step 0`, where `spread(sparsity)` shares
         another sparsity by the run's own distribution; None to start at the targets.
       init: makes `state`.
+      trim: `(names, masks) -> masks` of all leaves, `MaskedNode` where dense: what goes beyond the
+        counts, after a round that drops; None for nothing.
       exchanges: whether each leaf drops at most `fraction` of its active weights and grows as
         many. Then counts are static.
     """
@@ -62,6 +64,7 @@ class Plan(NamedTuple):
     amounts: Callable[[Round], tuple[Counts, Counts, Any]]
     starts: Callable[[list[int], list[int], Callable[[float], list[int]]], list[int]] | None = None
     init: Callable[[], Any] = tuple
+    trim: Callable[[list[str], list[Any]], list[Any]] | None = None
     exchanges: bool = False
 
     def first_counts(

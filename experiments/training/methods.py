@@ -70,6 +70,7 @@ METHODS = {
     "snip": Method(methods.static, first_masks=at_init.snip),
     "grasp": Method(methods.static, first_masks=at_init.grasp),
     "synflow": Method(methods.static, first_masks=at_init.synflow),
+    "csti": Method(methods.static, first_masks=at_init.csti),
     # from dense to sparse
     "str": Method(None, trains="thresholds"),
     "sis": Method(methods.static, trains="pruned"),
@@ -213,4 +214,6 @@ def first_masks(
 
     if method == "synflow":
         return score(lambda p, x: network(p, x, False), params, batch[0][:1], sparsity, key)
+    if method == "csti":
+        return score(None, params, batch[0], sparsity, key)
     return score(loss, params, batch, sparsity, key)
