@@ -158,7 +158,7 @@ def transform(
       20
 
     References:
-      Huang et al., "Dynamic Config Training via More Exploration", 2022, Algorithm 1.
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
 
     Deviations:
       Where the text and Algorithm 1 differ, the default is: counters start at the first mask

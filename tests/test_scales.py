@@ -138,6 +138,17 @@ def test_scores_see_when_weights_grew():
     assert (at[gone] == EVERY).all()
 
 
+def test_as_the_last_link_of_a_chain():
+    double = dstee.transform(scale=lambda leaf: jnp.full((), 2.0), grow=scores.random(), **OPTIONS)
+    tx = optax.chain(optax.sgd(0.1), double)
+    params = {"kernel": jnp.ones((8, 10)), "bias": jnp.ones(10)}
+    state = tx.init(params)
+    mask = dstee.get_state(state).masks["kernel"]
+    updates, _ = tx.update(params, state, dstee.apply_masks(params, state), grad=params)
+    np.testing.assert_allclose(updates["kernel"], -0.2 * mask, rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], -0.1, rtol=1e-6)
+
+
 def test_carried_over_weights_that_grow_then():
     tx = dstee.transform(optax.sgd(0.1), scale=scales.warm_up(3), **OPTIONS)
     denser = dstee.transform(

@@ -4,7 +4,7 @@ from typing import Required, Unpack
 
 from dstee_jax.masks.counts import Sparsity
 from dstee_jax.methods._common import Inner, Shared, Transform, Untimed, itop, make
-from dstee_jax.methods.exchange import mest
+from dstee_jax.methods.at_random import mest
 from dstee_jax.rules import memory, penalties, plans, scores
 
 

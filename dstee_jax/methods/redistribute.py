@@ -13,6 +13,7 @@ from dstee_jax.methods._common import (
     make,
 )
 from dstee_jax.rules import memory, plans, scores
+from dstee_jax.rules.sampling import subset
 
 
 def snfs(
@@ -119,7 +120,7 @@ def gse(inner: Inner = None, *, share: float = 1.0, **options: Unpack[Options]) 
     """
     defaults = {
         "plan": plans.exchange(overall=True),
-        "grow": scores.subset(scores.gradient(), share),
+        "grow": subset(scores.gradient(), share),
         "drop_fraction": 0.2,
         "every": 1000,
         "stop": 0.6,

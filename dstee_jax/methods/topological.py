@@ -8,6 +8,7 @@ import optax
 from dstee_jax.methods._common import Inner, Options, Transform, Untimed, linear, make
 from dstee_jax.rules import scores
 from dstee_jax.rules.phases import drop_then_grow
+from dstee_jax.rules.sampling import sampled
 from dstee_jax.rules.schedule import Every
 from dstee_jax.rules.topology import ch2_l3n, ch3_l3p
 
@@ -95,8 +96,8 @@ def chts(
     defaults = {
         "total_steps": total_steps,
         "plan": drop_then_grow(chain=chain),
-        "drop": scores.sampled(scores.magnitude(), linear(total_steps, 1.0, last_power)),
-        "grow": scores.sampled(ch2_l3n()),
+        "drop": sampled(scores.magnitude(), linear(total_steps, 1.0, last_power)),
+        "grow": sampled(ch2_l3n()),
     }
     every = _in_pairs(options.pop("every", 100))
     return make(inner, defaults | {"every": every}, options)
