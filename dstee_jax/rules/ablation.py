@@ -53,8 +53,9 @@ def ablation(
       code.
 
     Deviations:
-      k is the share of T, theirs of the weights that are active now. A unit with more weights than
-      its share loses the lowest, theirs any. At least one unit stays.
+      k0 is rounded to the nearest, theirs down. k is a share of T, theirs of the weights that are
+      active now. A unit with more weights than its share loses the lowest, theirs any. At least
+      one unit stays.
     """
     if not gamma >= 0:
         raise ValueError(f"gamma={gamma} must be 0 or more, as 0.3: a share of the fan-in.")
