@@ -35,6 +35,7 @@ class RuleState(NamedTuple):
     memory: PyTree  # the structure of masks, an array for each sparse leaf; () if none is kept
     plan: PyTree  # () if the plan keeps nothing
     gradients: PyTree = ()  # with grow_batches=: float32 sums of dense gradients, as memory
+    grown: PyTree = ()  # with scale=: int32, as masks: the step at which a weight was grown, or 0
 
 
 class Leaf(NamedTuple):
@@ -48,6 +49,7 @@ class Leaf(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # int32, shape (): the step t, from 1
     rule_state: Any = ()  # the method's memory of this leaf
     target: int | None = None  # active weights of this leaf at the asked sparsity, if known
+    grown: Any = ()  # with scale=: int32, shape of param: as in RuleState
 
 
 class LeafWithoutGrad(Leaf):

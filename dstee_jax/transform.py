@@ -47,6 +47,7 @@ def transform(
     plan: Plan | None = None,
     memory: Memory | None = None,
     penalty: Score | None = None,
+    scale: Score | None = None,
     structure: Structure | None = None,
     counter_init: str = "masks",
     counter_update: str = "new",
@@ -104,6 +105,9 @@ def transform(
         scores find it in `leaf.rule_state`.
       penalty: a function of a leaf, as a score is, added to the gradient of active weights
         before it reaches `inner`: the gradient of a regulariser, or noise. Needs `inner`.
+      scale: a function of a leaf, as a score is, that multiplies the updates of active weights
+        after `inner`, as `scales.warm_up(100)`, so that what has just grown starts slowly. Takes 4
+        bytes a weight, for the step at which it was grown. Not with `packed`.
       structure: which masks are allowed, as `structures.tiles((32, 32))`; default any. Needs the
         default plan.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
@@ -154,7 +158,7 @@ def transform(
       20
 
     References:
-      Huang et al., "Dynamic Config Training via More Exploration", 2022, Algorithm 1.
+      Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1.
 
     Deviations:
       Where the text and Algorithm 1 differ, the default is: counters start at the first mask
@@ -199,10 +203,15 @@ def transform(
     )
     if packed and inner is None:
         raise ValueError("packed=True is about inner's state: give an optimizer to transform.")
-    if (packed or indices) and not rule.plan.exchanges:
+    if packed and scale is not None:
         raise ValueError(
-            "packed=True and indices=True need a plan that exchanges, so that counts stay: leave "
+            "scale= looks at all weights of a leaf, packed=True at the active ones: leave one of "
             "them out."
+        )
+    if (packed or indices) and not rule.keeps_counts:
+        raise ValueError(
+            "packed=True and indices=True need a plan that exchanges, and a structure without "
+            "ablation, so that counts stay: leave them out."
         )
     if grow_batches != int(grow_batches) or grow_batches < 1:
         raise ValueError(f"grow_batches={grow_batches} must be an integer of 1 or more.")
@@ -226,6 +235,7 @@ def transform(
         blocks=blocks,
         memory=memory,
         penalty=penalty,
+        scale=scale,
         update_weights=update_weights,
         packed=packed,
         indices=packed or indices or bool(structure is not None and structure.tile),

@@ -48,6 +48,28 @@ def check(masks, scores, sparsity):
     assert all(isinstance(masks[n]["bias"], optax.MaskedNode) for n in masks)
 
 
+def test_csti_links_features_that_correlate():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 6)) @ rng.normal(size=(6, 6))
+    x[:, 4] = 2.5  # a feature that is always the same correlates with none
+    params = make_params((6, 12, 6, 4))
+    masks = at_init.csti(None, params, jnp.asarray(x, jnp.float32).reshape(40, 2, 3), 0.8, KEY)
+    with np.errstate(invalid="ignore"):
+        links = np.abs(np.nan_to_num(np.corrcoef(x.T)))
+    np.fill_diagonal(links, 0)
+    random = dstee.init_masks(params, 0.8, KEY)
+    for name, (a, b) in {"l00": (1, 2), "l01": (2, 1)}.items():
+        got, n = np.asarray(masks[name]["kernel"]), int(random[name]["kernel"].sum())
+        tiled = np.tile(links, (a, b))
+        assert got.sum() == n
+        assert tiled[got].min() >= tiled[~got].max() - 1e-6
+        assert not got.reshape(a, 6, b, 6)[:, 4].any()
+    np.testing.assert_array_equal(masks["l02"]["kernel"], random["l02"]["kernel"])
+    assert isinstance(masks["l00"]["bias"], optax.MaskedNode)
+    with pytest.raises(ValueError, match="no kernel has two axes that are multiples of the 5"):
+        at_init.csti(None, params, jnp.ones((3, 5)), 0.8, KEY)
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.93])
 def test_magnitude(sparsity):
     params = make_params()

@@ -160,6 +160,87 @@ def test_snfs():
     assert len({sum(c) for c in counts}) == 1
 
 
+@pytest.mark.parametrize("share", [0.5, 1e9])
+def test_gse(share):
+    """Over both leaves: the largest gradients of the subset grow, as many small weights go."""
+    tx = methods.gse(optax.sgd(0.01), every=6, share=share, drop_fraction=0.19, **MAKE)
+    steps = trajectory(tx)
+    total = sum(int(kernel(steps[0][1].masks, n).sum()) for n in NAMES)
+    counts = []
+    for t in range(6, 36, 6):
+        (params, state, grads), (after, new, _) = steps[t - 1], steps[t]
+        masks = {n: kernel(state.masks, n) for n in NAMES}
+        weight = {n: kernel(params, n) - 0.01 * kernel(grads, n) * masks[n] for n in NAMES}
+        free, active = [], []
+        for n in NAMES:
+            mask, size = masks[n], masks[n].size
+            u = np.asarray(jax.random.uniform(jax.random.fold_in(draw(t, n, 1), 1), mask.shape))
+            inside = u < 1 - (1 - 1 / size) ** (share * mask.sum())
+            inside |= mask.sum() >= size / 2
+            g = abs(kernel(grads, n))
+            free += [(g[i], n, i) for i in zip(*np.nonzero(~mask & inside), strict=True)]
+            active += [(abs(weight[n])[i], n, i) for i in zip(*np.nonzero(mask), strict=True)]
+        k = math.floor(np.float32(0.095 * (1 + math.cos(math.pi * t / 36))) * total)
+        expected = {n: masks[n].copy() for n in NAMES}
+        for value, places in ((True, sorted(free)[::-1][:k]), (False, sorted(active)[:k])):
+            for _, n, i in places:
+                expected[n][i] = value
+        assert len(free) > k
+        for n in NAMES:
+            now = kernel(new.masks, n)
+            np.testing.assert_array_equal(now, expected[n])
+            np.testing.assert_allclose(kernel(after, n), weight[n] * (masks[n] & now), atol=1e-6)
+        counts.append([int(kernel(new.masks, n).sum()) for n in NAMES])
+        assert sum(counts[-1]) == total
+    assert len({tuple(c) for c in counts}) > 1
+
+
+def test_a_subset_has_as_many_candidates_as_pairs_that_are_drawn():
+    """Pairs with replacement, n of them, drawn a thousand times, against the score's candidates."""
+    rng, (rows, columns), n = np.random.default_rng(0), (6, 8), 12
+    mask = jnp.asarray(np.arange(48).reshape(rows, columns) < n)
+    leaf = dstee.Leaf(1.0 * mask, 1.0 * mask, mask, mask, KEY, jnp.int32(1))
+    score = dstee.scores.subset(dstee.scores.gradient())
+    found = jax.vmap(lambda key: jnp.isfinite(score(leaf._replace(key=key))))(
+        jax.random.split(KEY, 4000)
+    )
+    pairs = rng.integers(0, rows, (4000, n)), rng.integers(0, columns, (4000, n))
+    drawn = np.zeros((4000, rows, columns), bool)
+    for i in range(n):
+        drawn[np.arange(4000), pairs[0][:, i], pairs[1][:, i]] = True
+    np.testing.assert_allclose(np.mean(found, 0), drawn.mean(0), atol=0.04)
+    assert abs(float(np.mean(found)) - drawn.mean()) < 0.005
+    half = leaf._replace(mask=jnp.asarray(np.arange(48).reshape(rows, columns) < 24))
+    assert jnp.isfinite(score(half)).all()
+
+
+def test_overall_exchange_grows_what_it_can():
+    """Two candidates alone: two weights move."""
+
+    def few(leaf):
+        return jnp.where(jnp.arange(leaf.mask.size).reshape(leaf.mask.shape) < 1, 1.0, -jnp.inf)
+
+    masks = {
+        name: {"kernel": np.zeros(s, bool), "bias": optax.MaskedNode()}
+        for name, s in (("a", (12, 20)), ("b", (20, 8)))
+    }
+    for m in masks.values():
+        m["kernel"][5] = True
+    tx = dstee.transform(
+        optax.sgd(0.0),
+        masks=masks,
+        plan=plans.exchange(overall=True),
+        grow=few,
+        every=2,
+        total_steps=20,
+        drop_fraction=0.5,
+        key=KEY,
+    )
+    *_, (_, state, _) = trajectory(tx, steps=3)
+    assert sum(int(kernel(state.masks, n).sum()) for n in NAMES) == 28
+    assert all(kernel(state.masks, n)[0, 0] for n in NAMES)
+
+
 def test_dsr():
     tx = methods.dsr(
         optax.sgd(0.0), every=5, threshold=0.01, drop_fraction=optax.constant_schedule(0.2), **MAKE
@@ -217,6 +298,43 @@ def test_mest():
             score = random_score(t, name, mask.shape)
             expected = swap(mask, abs(w) + 0.5 * abs(g), score, k, k)
             np.testing.assert_array_equal(kernel(new.masks, name), expected)
+
+
+def test_mest_moves_a_share_of_all_weights():
+    tx = methods.mest(optax.sgd(0.01), every=6, mutation=0.05, gradient_weight=0.5, **MAKE)
+    steps = trajectory(tx)
+    moved = {t: 0.05 if t < 34 else 0.025 for t in range(6, 46, 6)}
+    for t in range(1, STEPS + 1):
+        (params, state, grads), (_, new, _) = steps[t - 1], steps[t]
+        for name in NAMES:
+            mask, g = kernel(state.masks, name), kernel(grads, name)
+            w = kernel(params, name) - 0.01 * g * mask
+            k = math.floor(np.float32(moved.get(t, 0)) * mask.size)
+            score = random_score(t, name, mask.shape)
+            expected = swap(mask, abs(w) + 0.5 * abs(g), score, k, k)
+            np.testing.assert_array_equal(kernel(new.masks, name), expected)
+
+
+def test_set_as_published_drops_on_both_sides_of_zero():
+    tx = methods.set(optax.sgd(0.01), zeta=0.3, every=10, **MAKE)
+    steps = trajectory(tx)
+    for t in range(10, STEPS + 1, 10):
+        (params, state, grads), (after, new, _) = steps[t - 1], steps[t]
+        for name in NAMES:
+            mask = kernel(state.masks, name)
+            w = (kernel(params, name) - 0.01 * kernel(grads, name)) * mask
+            k = math.floor(np.float32(0.3) * mask.sum())
+            negative = sorted(np.flatnonzero(mask & (w < 0)), key=lambda i, w=w: -w.ravel()[i])
+            positive = sorted(np.flatnonzero(mask & (w >= 0)), key=lambda i, w=w: w.ravel()[i])
+            below = math.floor(np.float32(0.3) * len(negative))
+            gone = [*negative[:below], *positive[: k - below]]
+            assert abs(len(gone) - below - 0.3 * len(positive)) <= 1
+            left, free = mask.copy(), random_score(t, name, mask.shape).copy()
+            left.ravel()[gone] = False
+            free[left] = -1
+            left.ravel()[np.argsort(-free.ravel())[:k]] = True
+            np.testing.assert_array_equal(kernel(new.masks, name), left)
+            np.testing.assert_allclose(kernel(after, name), w * (mask & left), atol=1e-6)
 
 
 def test_granet():
@@ -398,6 +516,7 @@ MOVING = {
     "dsr": {"every": 5, "threshold": 0.3},
     "mest": {"every": 5},
     "mest_ems": {"every": 5},
+    "gse": {"every": 5},
     "granet": {"every": 5},
     "gmp": {"every": 5},
     "gmp_overall": {"every": 5, "overall": True},
@@ -423,7 +542,7 @@ def test_totals_and_zeros(name, sparsity):
             assert not kernel(params, n)[~mask].any()
             assert not kernel(state.inner_state[0].mu, n)[~mask].any()
     assert abs(counts[-1] - (1 - sparsity) * 400) <= 2
-    if name in ("deep_r", "snfs", "dsr", "mest"):
+    if name in ("deep_r", "snfs", "dsr", "mest", "gse"):
         assert len(set(counts)) == 1
     elif name != "gap":
         assert counts == sorted(counts, reverse=True)
@@ -457,6 +576,9 @@ def _apportion(leaves):
     [
         (lambda: methods.mest_ems(elastic=0.5, **MAKE), "elastic=0.5 must be 1 or more"),
         (lambda: methods.mest_ems(**(MAKE | {"sparsity": {"a": 0.1}})), "one sparsity for the"),
+        (lambda: methods.set(zeta=1.5, **MAKE), "fraction=1.5 must be in"),
+        (lambda: methods.mest(mutation=0.0, **MAKE), "mutation=0.0 must be a share of all"),
+        (lambda: methods.gse(share=0.0, **MAKE), "share=0.0 must be above 0"),
         (lambda: methods.gap(partitions=1, **MAKE), "partitions=1 must be at least 2"),
         (lambda: methods.gmp(initial_sparsity=1.0, **MAKE), "initial_sparsity=1.0 must be in"),
         (lambda: methods.ac_dc(start=0.9, **MAKE), "start=0.9, stop=0.85, .* start comes first"),

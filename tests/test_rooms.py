@@ -26,6 +26,7 @@ PUBLIC = {
     "memory": ("rules", "dense_momentum"),
     "penalties": ("rules", "l1_with_noise"),
     "plans": ("rules", "exchange"),
+    "scales": ("rules", "warm_up"),
     "scores": ("rules", "magnitude"),
     "structures": ("rules", "n_m"),
     "powerpropagation": ("reparameterised", "apply"),

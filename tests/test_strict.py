@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
-from dstee_jax import at_init, memory, methods, plans, scores, soft_threshold, structures
+from dstee_jax import at_init, memory, methods, plans, scales, scores, soft_threshold, structures
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -95,6 +95,9 @@ OPTIONS = {
     "memory": {"memory": memory.dense_momentum(), "grow": scores.momentum()},
     "signs": {"memory": memory.signs(), "drop": scores.along_sign()},
     "penalty": {"penalty": lambda leaf: jnp.asarray(0.01, leaf.param.dtype) * leaf.param},
+    "warm start": {"scale": scales.product(scales.warm_up(5), scales.own_bias_correction())},
+    "warm start, stacked": {"scale": scales.warm_up(5), "stack_axes": stacked},
+    "warm start, tiles": {"scale": scales.density(), "structure": structures.tiles((2, 2))},
     "masks": {"masks": whole_masks, "sparsity": None},
     "by name": {"sparsity": {"a/kernel": 0.5, "b/kernel": 0.75}},
     "top_k": {"selection": "top_k"},
@@ -105,11 +108,14 @@ OPTIONS = {
     "acquisition": {"grow": scores.acquisition(normalize=True, signed=True)},
     "random": {"grow": scores.random(), "regrow": True},
     "saliency": {"drop": scores.normalized(scores.saliency())},
+    "two sides": {"drop": scores.two_sided(0.3), "drop_fraction": optax.constant_schedule(0.3)},
     "sampled": {"drop": scores.sampled(scores.magnitude(), 2.0)},
     "update_weights": {"update_weights": True},
     "callable every": {"every": lambda step: 3},
     "schedule": {"drop_fraction": optax.constant_schedule(0.3)},
     "of all": {"plan": plans.exchange(of_all=True), "drop_fraction": 0.1},
+    "overall": {"plan": plans.exchange(overall=True)},
+    "subset": {"grow": scores.subset(scores.gradient())},
     "below zero": {"plan": plans.below_zero(), "drop": scores.magnitude()},
     "redistribute": {"plan": plans.redistribute(scores.magnitude())},
     "threshold": {"plan": plans.adaptive_threshold()},

@@ -84,7 +84,7 @@ def exchange(structure, mask, drop, grow, k, regrow=False):
     spec = LeafSpec(active, active, (1,) * arrays[0].ndim, ())
     row = Exchange(*arrays, spec.grid, jnp.int32(k), None, k)
     if rule.searches_alone:
-        return np.asarray(rule.exchange_alone(row, spec)).astype(int).tolist()
+        return np.asarray(rule.exchange_alone(row, spec, "kernel")).astype(int).tolist()
     (new,) = exchange_all([rule.reduce(row, spec, jnp.int32(0))], regrow=regrow, selection="auto")
     return np.asarray(rule.expand(new, row, spec)).astype(int).tolist()
 

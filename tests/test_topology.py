@@ -43,17 +43,23 @@ def by_paths(mask, kind):
         ]
         inner = [("column", z1, mask[:, z1].sum()) for z1 in {z1 for z1, _ in paths}]
         inner += [("row", z2, mask[z2].sum()) for z2 in {z2 for _, z2 in paths}]
+        outside = {}
         for side, z, degree in inner:
             within = sum(z == path[side == "row"] for path in paths)
-            outside = degree - within - 1
-            out[u, v] += ((within + 1) if kind == "ch2" else 1) / (outside + 1)
+            outside[side, z] = degree - within - 1
+            if kind != "l3p":
+                out[u, v] += ((within + 1) if kind == "ch2" else 1) / (outside[side, z] + 1)
+        for z1, z2 in paths if kind == "l3p" else []:
+            e1, e2 = outside["column", z1], outside["row", z2]
+            out[u, v] += 1 / math.sqrt((1 + e1) * (1 + e2))
     return out
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (6, 9), (4, 4)])
-@pytest.mark.parametrize("kind", ["ch2", "ch3"])
+@pytest.mark.parametrize("kind", ["ch2", "ch3", "l3p"])
 def test_scores_are_those_of_the_paths(kind, shape):
-    score = {"ch2": scores.ch2_l3n, "ch3": scores.ch3_l3n}[kind]()
+    named = {"ch2": scores.ch2_l3n, "ch3": scores.ch3_l3n, "l3p": scores.ch3_l3p}
+    score = jax.jit(named[kind]())
     some = 0
     for density in (0.2, 0.4, 0.7):
         mask = RNG.random(shape) < density
@@ -168,7 +174,7 @@ def test_cht_drops_by_magnitude_and_grows_by_the_mask_that_is_left():
                 np.testing.assert_array_equal(now, expected)
             elif t in (11, 21, 31):
                 before = np.asarray(history[t - 2][1].masks[name]["kernel"])
-                score = np.where(mask, -1, by_paths(mask, "ch3"))
+                score = np.where(mask, -1, by_paths(mask, "l3p"))
                 grown = now & ~mask
                 assert (mask & ~now).sum() == 0
                 assert now.sum() == before.sum()
@@ -180,6 +186,70 @@ def test_cht_drops_by_magnitude_and_grows_by_the_mask_that_is_left():
                 np.testing.assert_array_equal(w_now, w * now)
     first, last = (history[i][1].masks["b"]["kernel"] for i in (0, -1))
     assert (first != last).any()
+
+
+def without_chains(first, second):
+    """Links of hidden units without inputs or outputs go until no more are found."""
+    first, second = first.copy(), second.copy()
+    while True:
+        dead = ~(first.any(0) & second.any(1))
+        if not first[:, dead].any() and not second[dead].any():
+            return first, second
+        first[:, dead], second[dead] = False, False
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_chain_removal_takes_the_links_of_units_without_inputs_or_outputs():
+    chain = ("a/kernel", "b/kernel")
+    tx = methods.cht(
+        optax.sgd(0.01), sparsity=0.85, total_steps=STEPS, every=10, chain=chain, key=KEY
+    )
+    history = trajectory(tx)
+    removed = 0
+    for t in range(1, STEPS + 1):
+        (params, state), (after, new) = history[t - 1 : t + 1]
+        masks, now = ([np.asarray(s.masks[n]["kernel"]) for n in "ab"] for s in (state, new))
+        if t in (10, 20, 30):
+            left = []
+            for name, mask in zip("ab", masks, strict=True):
+                w, kept = np.abs(np.asarray(params[name]["kernel"])), mask.copy()
+                flat = sorted(np.flatnonzero(mask), key=lambda i, w=w: (w.ravel()[i], i))
+                kept.ravel()[flat[: math.floor(np.float32(0.3) * mask.sum())]] = False
+                left.append(kept)
+            expected = without_chains(*left)
+            removed += sum(m.sum() for m in left) - sum(m.sum() for m in expected)
+            for one, other, name, old in zip(now, expected, "ab", masks, strict=True):
+                np.testing.assert_array_equal(one, other)
+                before, count = (np.asarray(s.counters[name]["kernel"]) for s in (state, new))
+                np.testing.assert_array_equal(count, before + other)
+                np.testing.assert_array_equal(
+                    after[name]["kernel"], np.asarray(params[name]["kernel"]) * (old & other)
+                )
+        elif t in (11, 21, 31):  # as many as have been there are there again
+            before = [np.asarray(history[t - 2][1].masks[n]["kernel"]) for n in "ab"]
+            assert [m.sum() for m in now] == [m.sum() for m in before]
+            assert all((m <= n).all() for m, n in zip(masks, now, strict=True))
+    assert removed > 5
+
+
+@pytest.mark.parametrize("widths", [(4, 6, 5, 3), (3, 8, 8, 8, 2)])
+def test_linked_goes_on_along_the_chain(widths):
+    rng, names = np.random.default_rng(0), [f"l{i}" for i in range(len(widths) - 1)]
+    for _ in range(50):
+        masks = [rng.random(pair) < 0.25 for pair in itertools.pairwise(widths)]
+        expected = [m.copy() for m in masks]
+        while True:
+            before = [m.copy() for m in expected]
+            for i in range(len(expected) - 1):
+                expected[i : i + 2] = without_chains(*expected[i : i + 2])
+            if all((a == b).all() for a, b in zip(before, expected, strict=True)):
+                break
+        got = plans.linked(names, names, list(map(jnp.asarray, masks)))
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+    dense = optax.MaskedNode()
+    masks[1] = dense
+    assert plans.linked(names, names, masks)[1] is dense
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -252,6 +322,12 @@ def test_soft_growth_draws_other_masks_for_other_keys():
     [
         (lambda o: methods.cht(every=1, **o), "every=1 must be a number of 2 or more steps"),
         (lambda o: methods.chts(every=lambda s: 5, **o), "must be a number of 2 or more steps"),
+        (lambda o: plans.linked(("a",), ["a", "b"], []), "must be two or more of the leaves"),
+        (lambda o: plans.linked(("a", "c"), ["a", "b"], []), "must be two or more of the leaves"),
+        (
+            lambda o: plans.linked(("a", "b"), ["a", "b"], [np.ones((2, 3)), np.ones((2, 3))]),
+            r"b of shape \(2, 3\) do not follow each other",
+        ),
         (lambda o: methods.chts(last_power=-1.0, **o), "last_power=-1.0 must be 0 or more"),
         (
             lambda o: scores.ch2_l3n()(leaf_of(np.ones((3, 3, 2, 4), bool))),

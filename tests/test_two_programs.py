@@ -69,9 +69,24 @@ def check_same(tx, due):
     return changes
 
 
-FIXED = ("dense", "static", "magnitude", "snip", "grasp", "synflow", "str", "sis")
+FIXED = ("dense", "static", "magnitude", "snip", "grasp", "synflow", "csti", "str", "sis")
 # Of methods whose own schedule has no round in so few steps.
-SCHEDULED = ("set", "set_itop", "rigl", "rigl_itop", "dst_ee", "mest", "mest_ems", "snfs", "gmp")
+SCHEDULED = (
+    "set",
+    "set_itop",
+    "rigl",
+    "rigl_itop",
+    "dst_ee",
+    "mest",
+    "mest_ems",
+    "snfs",
+    "gmp",
+    "srigl",
+    "smet",
+    "gse",
+    "set_published",
+    "mest_published",
+)
 OPTIONS = {method: {"every": 10} for method in (*SCHEDULED, "granet", "ac_dc")}
 OPTIONS |= {method: {"every": 20} for method in ("cht", "chts")}  # two mask steps a round
 OPTIONS["dsr"] = {"every": lambda step: 5 + step // 4}

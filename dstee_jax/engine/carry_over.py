@@ -15,7 +15,15 @@ from dstee_jax.masks.counts import LeafSpec
 from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.selection.parts import inner_axes, split
 from dstee_jax.state import SparseState, get_states, wrap_key
-from dstee_jax.trees import PyTree, expanded, is_dense, mask_leaves, masked, unwrap
+from dstee_jax.trees import (
+    PyTree,
+    expanded,
+    is_dense,
+    mask_leaves,
+    masked,
+    replace_leaves,
+    unwrap,
+)
 
 
 def carry_over(
@@ -116,7 +124,7 @@ def _sparse(config: Config, old: SparseState | None, inner_state: Any, params: P
         count=count,
         masks=masks,
         counters=counters,
-        rule_state=_kept(old, fresh),
+        rule_state=_grown(_kept(old, fresh), before, after, count, params),
         inner_state=inner_state,
         needs_dense=config.needs_dense(count + 1),
         indices=indices,
@@ -145,8 +153,8 @@ def _adapted(
     """A leaf's new mask: the largest active weights, or all of them and some at random."""
     if is_dense(fresh) or spec is None:
         return fresh
-    wanted = jnp.asarray(spec.target if config.rule.plan.exchanges else spec.start, jnp.int32)
-    if not config.rule.plan.exchanges and not before.all():
+    wanted = jnp.asarray(spec.target if config.rule.keeps_counts else spec.start, jnp.int32)
+    if not config.rule.keeps_counts and not before.all():
         return before  # the plan brings the count to where it is to be
     active = jnp.sum(split(before, spec.grid), inner_axes(before.shape, spec.grid), dtype=jnp.int32)
     if config.rule.structure is not None:
@@ -189,6 +197,19 @@ def _kept(old: SparseState | None, fresh: SparseState) -> Any:
         return fresh.rule_state
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.rule_state) for state in (old, fresh)]
     return old.rule_state if kinds[0] == kinds[1] else fresh.rule_state
+
+
+def _grown(
+    rule_state: Any, before: list[Any], after: list[Any], count: jax.Array, params: PyTree
+) -> Any:
+    """`rule_state` with this step for what grows here."""
+    if not rule_state or not jax.tree.leaves(rule_state.grown):
+        return rule_state
+    rows = zip(mask_leaves(rule_state.grown, params), before, after, strict=True)
+    new = [
+        x if is_dense(x) or x.shape != a.shape else jnp.where(a & ~b, count, x) for x, b, a in rows
+    ]
+    return rule_state._replace(grown=replace_leaves(rule_state.grown, params, new))
 
 
 def _unpacked(

@@ -56,7 +56,7 @@ def check(tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree) -
         layout, specs = config.layout(params)
         rows = zip(layout.leaves, mask_leaves(state.masks, params), specs, strict=True)
         for (path, leaf), mask, spec in rows:
-            if spec is not None and config.rule.plan.exchanges:
+            if spec is not None and config.rule.keeps_counts:
                 found = active(expanded(mask, jnp.shape(leaf)), spec)
                 _same_counts(path_name(path), found, spec.target)
 

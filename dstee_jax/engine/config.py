@@ -56,6 +56,7 @@ class Config:
     blocks: Blocks | None
     memory: Memory | None
     penalty: Score | None
+    scale: Score | None
     update_weights: bool
     packed: bool
     indices: bool
@@ -153,7 +154,13 @@ class Config:
             masks=first,
             counters=counters,
             rule_state=first_rule_state(
-                self.memory, plan_state, params, first, self.key, self.grow_batches > 1
+                self.memory,
+                plan_state,
+                params,
+                first,
+                self.key,
+                self.grow_batches > 1,
+                self.scale is not None,
             ),
             inner_state=() if self.inner is None else self.inner.init(seen),
             needs_dense=self.needs_dense(jnp.ones((), jnp.int32)),

@@ -29,6 +29,7 @@ class Carry(NamedTuple):
     Attributes:
       inner_state, masks, counters, plan_state: as in `SparseState`.
       places: where the active weights of packed leaves are.
+      grown: as in `StepInputs`.
       params: if the step returns parameters.
       updates: if it does not, once the optimizer has made them.
       stays: before that, on the way to updates: which weights are active before and after the
@@ -40,6 +41,7 @@ class Carry(NamedTuple):
     counters: list[Any]
     plan_state: Any
     places: list[Any]
+    grown: list[Any]
     params: Sequence[jax.Array] = ()
     updates: Sequence[jax.Array] = ()
     stays: Sequence[Any] = ()
@@ -66,6 +68,7 @@ class StepInputs:
       counters: as masks.
       kept: each leaf's memory; of this step, once `remembered` has made it.
       sums: of the gradients, with `grow_batches`; of this step, once `added_up` has.
+      grown: with `scale`, the step at which each weight was grown; else `()` for each leaf.
       as_params: whether the step returns parameters, not updates.
       extra: arguments of the inner optimizer.
     """
@@ -84,6 +87,7 @@ class StepInputs:
     counters: list[Any]
     kept: list[Any]
     sums: list[Any]
+    grown: list[Any]
     as_params: bool
     extra: dict[str, Any]
 
@@ -96,7 +100,9 @@ class StepInputs:
         """Which leaves have a mask."""
         return [i for i, mask in enumerate(self.masks) if not is_dense(mask)]
 
-    def view(self, i: int, weight: jax.Array, grad: Any, mask: Any, counter: Any) -> Leaf:
+    def view(
+        self, i: int, weight: jax.Array, grad: Any, mask: Any, counter: Any, grown: Any = ()
+    ) -> Leaf:
         """The i-th leaf as scores see it."""
         spec = self.specs[i]
         return (Leaf if grad is not None else LeafWithoutGrad)(
@@ -108,13 +114,14 @@ class StepInputs:
             count=self.count,
             rule_state=self.kept[i],
             target=None if spec is None else spec.of_layer(weight.shape),
+            grown=() if self.config.scale is None else expanded(grown, weight.shape),
         )
 
     def _each(self, score: Score, number: int | None = None) -> dict[int, jax.Array]:
         """A score of every leaf with a mask, before the step; each layer for itself."""
         found = {}
         for i in self.moving:
-            seen = self.weights[i], self.grads[i], self.masks[i], self.counters[i]
+            seen = self.weights[i], self.grads[i], self.masks[i], self.counters[i], self.grown[i]
             spec, leaf = self.specs[i], self.view(i, *seen)
             if number is not None:
                 leaf = leaf._replace(key=jax.random.fold_in(leaf.key, number))
@@ -130,6 +137,23 @@ class StepInputs:
             grad + terms[i].astype(grad.dtype) if i in terms else grad
             for i, grad in enumerate(self.outgoing)
         ]
+
+    def scaled(self, updates: list[Any], weights: Sequence[jax.Array], now: Carry) -> list[Any]:
+        """The updates of leaves with a mask, by the scale; `now` before the step."""
+        scale, scaled = self.config.scale, list(updates)
+        if scale is None:
+            return updates
+
+        def of_leaf(leaf: Leaf) -> jax.Array:
+            return jnp.broadcast_to(scale(leaf), leaf.param.shape)
+
+        for i in self.moving:
+            spec, kept = self.specs[i], (now.masks[i], now.counters[i], now.grown[i])
+            leaf = self.view(i, weights[i], self.grads[i], *kept)
+            leaf = leaf._replace(key=jax.random.fold_in(leaf.key, 3))
+            factor = by_layer(of_leaf, () if spec is None else spec.stack)(leaf)
+            scaled[i] = updates[i] * factor.astype(updates[i].dtype)
+        return scaled
 
     def remembered(self) -> list[Any]:
         """The memories after this step."""

@@ -18,6 +18,7 @@ from dstee_jax.masks.counts import LeafSpec, total
 from dstee_jax.rules.plans import Round
 from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.state import Leaf
+from dstee_jax.trees import is_dense
 
 # Bytes of keys on a device that are searched together; beyond it a round searches group by group.
 # 1 GiB holds the keys of 256 million weights: any network that trains on one device without
@@ -52,7 +53,7 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         weight = now.params[i] if now.params else inputs.weights[i]
         if now.updates:
             weight = optax.apply_updates(weight, now.updates[i])
-        return inputs.view(i, weight, grad, now.masks[i], now.counters[i])
+        return inputs.view(i, weight, grad, now.masks[i], now.counters[i], now.grown[i])
 
     specs = {i: spec for i in moving if (spec := inputs.specs[i]) is not None}
     amounts, plan_state = _amounts(inputs, specs, view, now.plan_state)
@@ -75,11 +76,20 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
         changed = round_()
         for i, pair in zip(group, changed, strict=True):
             masks[i], counters[i] = pair
+    if config.rule.plan.trim is not None:
+        masks = _trimmed(inputs, masks, [drop for drop, _ in amounts.values()])
+        for i in moving:
+            counters[i] = _add(config.rule, now.masks[i], now.counters[i], masks[i])
+    grown = list(now.grown)
+    if config.scale is not None:
+        for i in moving:
+            grown[i] = jnp.where(masks[i] & ~now.masks[i], inputs.count, grown[i])
     return now._replace(
         masks=masks,
         counters=counters,
         plan_state=plan_state,
         places=renewed(masks, now.places),
+        grown=grown,
     )
 
 
@@ -96,6 +106,7 @@ def _amounts(
         Round(
             leaves=list(leaves.values()),
             drop_scores=[rule.score(0, leaf, specs[i]) for i, leaf in leaves.items()],
+            grow_scores=lambda: [rule.score(1, leaf, specs[i]) for i, leaf in leaves.items()],
             targets=[spec.target for spec in specs.values()],
             starts=[spec.start for spec in specs.values()],
             fraction=jnp.asarray(rounds.fraction(count), jnp.float32),
@@ -108,6 +119,15 @@ def _amounts(
     )
     rows = zip(specs, drops, grows, strict=True)
     return {i: (k, None if rule.plan.exchanges else grow) for i, k, grow in rows}, plan_state
+
+
+def _trimmed(inputs: StepInputs, masks: list[Any], drops: list[Any]) -> list[Any]:
+    """What the plan's `trim` leaves of the masks, if the round drops anything."""
+    trim = inputs.config.rule.plan.trim
+    assert trim is not None
+    dropping = jnp.any(jnp.stack([jnp.asarray(drop) for drop in drops]) > 0)
+    pairs = zip(masks, trim(inputs.names, masks), strict=True)
+    return [m if is_dense(m) else m & (left | ~dropping) for m, left in pairs]
 
 
 def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exchange:
@@ -125,7 +145,7 @@ def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> lis
     rule, names = inputs.config.rule, [inputs.names[i] for i in group]
     pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
     if rule.searches_alone:
-        return [rule.exchange_alone(*pair) for pair in pairs]
+        return [rule.exchange_alone(*p, name) for p, name in zip(pairs, names, strict=True)]
     reduced = [rule.reduce(*pair, inputs.count) for pair in pairs]
     places = alike(names, reduced)
     stacks = [[reduced[j] for j in part] for part in places]

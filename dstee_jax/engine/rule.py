@@ -36,18 +36,24 @@ class Rule:
         return by_layer(score, spec.stack)(leaf)
 
     @property
+    def keeps_counts(self) -> bool:
+        """Whether each leaf has as many active weights after a round as before it."""
+        return self.plan.exchanges and (self.structure is None or self.structure.keeps_count)
+
+    @property
     def searches_alone(self) -> bool:
         """Whether a structure exchanges leaf by leaf."""
         return self.structure is not None and self.structure.exchange is not None
 
-    def exchange_alone(self, row: Exchange, spec: LeafSpec) -> jax.Array:
+    def exchange_alone(self, row: Exchange, spec: LeafSpec, name: str) -> jax.Array:
         """The new mask of one leaf whose structure searches for itself."""
         assert self.structure is not None
         alone, selection = self.structure.exchange, self.selection
         assert alone is not None
+        active = total(spec.target) // math.prod(_layers(row.mask.shape, spec)[0])
 
         def one(mask: jax.Array, drop: jax.Array, grow: jax.Array, k: jax.Array) -> jax.Array:
-            return alone(mask, drop, grow, k, row.k_max, self.regrow, selection)
+            return alone(mask, drop, grow, k, row.k_max, active, name, self.regrow, selection)
 
         for i, axis in enumerate(spec.stack):
             one = jax.vmap(one, in_axes=(axis, axis, axis, i), out_axes=axis)

@@ -68,7 +68,7 @@ def update(
             for is_rectangle, x in zip(rectangular, found, strict=True)
         ]
     params_now = inputs.weights if as_params else ()
-    kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, places)
+    kept = (state.inner_state, inputs.masks, inputs.counters, plan_state, places, inputs.grown)
     now = Carry(*kept, params=params_now)
     due: Any = False
     if mask_step and config.moves(inputs.specs, inputs.masks, inputs.weights):
@@ -78,7 +78,9 @@ def update(
     now = _step(inputs, due, now)
     state = state._replace(
         count=inputs.count,
-        rule_state=remember(state.rule_state, params, inputs.kept, now.plan_state, inputs.sums),
+        rule_state=remember(
+            state.rule_state, params, inputs.kept, now.plan_state, inputs.sums, now.grown
+        ),
         inner_state=now.inner_state,
         needs_dense=config.needs_dense(inputs.count + 1),
     )
@@ -114,7 +116,7 @@ def _inputs(
     if not any(rectangular):
         _, specs = config.layout(params)
     masks, counters = (mask_leaves(tree, params) for tree in (state.masks, state.counters))
-    kept, plan_state, sums = recall(state.rule_state, params)
+    kept, plan_state, sums, grown = recall(state.rule_state, params)
     inputs = StepInputs(
         config=config,
         treedef=treedef,
@@ -130,6 +132,7 @@ def _inputs(
         counters=counters,
         kept=kept,
         sums=sums,
+        grown=grown,
         as_params=as_params,
         extra=extra,
     )

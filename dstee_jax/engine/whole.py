@@ -34,7 +34,7 @@ def ordinary_step(inputs: StepInputs, now: Carry, hold: jax.Array | bool) -> Car
     else:
         trees = inputs.tree(inputs.outgoing), now.inner_state, inputs.tree(at)
         updates, state = update_or_hold(inputs.config.inner, *trees, inputs.extra, hold, seen)
-    updates = [stopped(u, hold) for u in updates]
+    updates = [stopped(u, hold) for u in inputs.scaled(updates, at, now)]
     rows = zip(masks, at, updates, strict=True)
     out = [stepped(*row, inputs.as_params) for row in rows]
     return now._replace(**{"params" if inputs.as_params else "updates": out}, inner_state=state)

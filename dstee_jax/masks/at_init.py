@@ -1,10 +1,10 @@
-"""Masks from before training: SNIP, GraSP, SynFlow, magnitude, random.
+"""Masks from before training: SNIP, GraSP, SynFlow, magnitude, CSTI, random.
 
 All take `(fn, params, batch, sparsity, key)` and `where`, and return masks for
 `dstee.methods.static(optimizer, masks=...)` or any other `transform(masks=...)`. `fn` is the
 loss `(params, batch) -> scalar` (SynFlow: the network `(params, inputs) -> outputs`); what a
 method does not need may be None. The sparsity holds for all selected leaves together: exactly
-`round((1 - sparsity) * weights)` stay active (`random`: the exact counts of its
+`round((1 - sparsity) * weights)` stay active (`random`, `csti`: the exact counts of their
 distribution). A leaf can be emptied by SNIP, GraSP and magnitude, as in their papers.
 
 Under `jit` and `vmap` the masks are traced: fine for `static`, whose masks never change; a
@@ -24,7 +24,7 @@ from dstee_jax.masks.random import init_masks
 from dstee_jax.masks.where import kernels, selected
 from dstee_jax.rules.units import output_units
 from dstee_jax.selection.bisection import largest_of_all
-from dstee_jax.trees import PyTree
+from dstee_jax.trees import PyTree, is_dense, mask_leaves
 
 Loss = Callable[[PyTree, Any], jax.Array]
 
@@ -41,6 +41,74 @@ def random(
 ) -> PyTree:
     """Random masks of exact counts by leaf: `dstee.init_masks` with the arguments of the others."""
     return init_masks(params, sparsity, key, distribution=distribution, where=where)
+
+
+def csti(
+    fn: None,
+    params: PyTree,
+    batch: jax.Array,
+    sparsity: float,
+    key: jax.Array,
+    *,
+    where: Where = kernels,
+    distribution: distributions.Distribution = distributions.erk,
+) -> PyTree:
+    """CSTI: link units whose input features correlate most, by |Pearson| over a batch; CHT's.
+
+    A kernel of (a d, b d), with d features, takes the correlations of features a times by b times
+    side by side, those of a feature with itself being 0, and keeps the largest, as many as the
+    distribution gives it. Kernels of other sizes have random masks.
+
+    Args:
+      fn: not used; None will do.
+      params: pytree of arrays.
+      batch: inputs, (samples, ...); the features are all axes but the first.
+      sparsity: of all selected leaves together, in [0, 1).
+      key: PRNG key, for the random masks.
+      where: `(path, leaf) -> bool`, which leaves are sparse.
+      distribution: how the sparsity is shared among the leaves.
+
+    Returns:
+      The structure of `params`: a bool array for each selected leaf, `optax.MaskedNode()` for
+      the others.
+
+    Raises:
+      ValueError: no kernel has sizes that are multiples of the number of features.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jnp.array([[1.0, 2.0, 0.0], [2.0, 4.0, 1.0], [3.0, 6.0, 0.0]])
+      >>> csti(None, {"kernel": jnp.ones((3, 3))}, x, 7 / 9, jax.random.key(0))["kernel"].tolist()
+      [[False, True, False], [True, False, False], [False, False, False]]
+
+    References:
+      Zhang et al., "Epitopological learning and Cannistraci-Hebb network shape intelligence
+      brain-inspired theory for ultra-sparse advantage in deep learning", 2024, and its code.
+
+    Deviations:
+      Exact counts, where theirs keep all that tie with the last; sizes other than one or two times
+      the features are ours.
+    """
+    x = batch.reshape(batch.shape[0], -1).astype(jnp.float32)
+    x = x - jnp.mean(x, axis=0, keepdims=True)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=0))
+    x = x / jnp.where(norm > 0, norm, 1.0)[None, :]
+    features = x.shape[1]
+    links = jnp.abs(x.T @ x) * (1 - jnp.eye(features, dtype=jnp.float32))
+    first = init_masks(params, sparsity, key, distribution=distribution, where=where)
+    leaves, treedef = jax.tree.flatten(params)
+    masks, found = mask_leaves(first, params), False
+    for i, mask in enumerate(masks):
+        if not is_dense(mask) and mask.ndim == 2 and not any(n % features for n in mask.shape):
+            found = True
+            tiled = jnp.tile(links, [n // features for n in mask.shape])
+            (masks[i],) = largest_of_all([tiled], jnp.sum(mask, dtype=jnp.int32))
+    if not found:
+        raise ValueError(
+            f"no kernel has two axes that are multiples of the {features} features of the batch: "
+            f"CSTI links copies of them, and the leaves are {[jnp.shape(x) for x in leaves]}."
+        )
+    return jax.tree.unflatten(treedef, masks)
 
 
 def magnitude(

@@ -5,18 +5,10 @@ defaults, and returns the same kind of transformation.
 """
 
 from dstee_jax.methods.alternating import ac_dc
-from dstee_jax.methods.exchange import (
-    deep_r,
-    dst_ee,
-    mest,
-    rigl,
-    rigl_itop,
-    set,
-    set_itop,
-    static,
-)
+from dstee_jax.methods.at_random import deep_r, mest, set, set_itop, smet
+from dstee_jax.methods.exchange import dst_ee, rigl, rigl_itop, srigl, static
 from dstee_jax.methods.gradual import admm, gap, gmp, granet, mest_ems
-from dstee_jax.methods.redistribute import dsr, snfs
+from dstee_jax.methods.redistribute import dsr, gse, snfs
 from dstee_jax.methods.topological import cht, chts
 
 __all__ = [
@@ -30,12 +22,15 @@ __all__ = [
     "gap",
     "gmp",
     "granet",
+    "gse",
     "mest",
     "mest_ems",
     "rigl",
     "rigl_itop",
     "set",
     "set_itop",
+    "smet",
     "snfs",
+    "srigl",
     "static",
 ]

@@ -38,6 +38,7 @@ class Shared(TypedDict, total=False):
     plan: Plan | None
     memory: Memory | None
     penalty: Score | None
+    scale: Score | None
     structure: Structure | None
     counter_init: str
     counter_update: str
@@ -70,7 +71,12 @@ def make(inner: Inner, defaults: Mapping[str, Any], options: Mapping[str, Any]) 
 
 
 def half_to_nearly_none(total_steps: int) -> optax.Schedule:
-    """The rate of SNFS, ITOP and GraNet: from 0.5 by cosine to 0.005 at the end.
+    """The rate of SNFS, ITOP and GraNet: from 0.5 by cosine to 0.005 at the end."""
+    return cosine(total_steps, 0.5, 0.01)
+
+
+def cosine(total_steps: int, first: float, alpha: float) -> optax.Schedule:
+    """From `first` by cosine to `alpha` times as much at the end.
 
     As `optax.cosine_decay_schedule`, also under strict dtype promotion.
     """
@@ -78,7 +84,7 @@ def half_to_nearly_none(total_steps: int) -> optax.Schedule:
 
     def schedule(count: jax.Array) -> jax.Array:
         angle = jnp.pi * jnp.minimum(count, steps).astype(jnp.float32) / steps
-        return 0.5 * (0.99 * (0.5 * (1 + jnp.cos(angle))) + 0.01)
+        return first * ((1 - alpha) * (0.5 * (1 + jnp.cos(angle))) + alpha)
 
     return schedule
 
@@ -91,6 +97,11 @@ def halved_by_thirds(total_steps: int) -> optax.Schedule:
         return jnp.where(count < first, 0.3, jnp.where(count < second, 0.15, 0.075))
 
     return schedule
+
+
+def halved_at(step: int, first: float) -> optax.Schedule:
+    """`first`, and half of it from that step on."""
+    return lambda count: jnp.where(count < step, first, first / 2)
 
 
 def linear(total_steps: int, first: float, last: float) -> optax.Schedule:

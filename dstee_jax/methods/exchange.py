@@ -1,51 +1,15 @@
-"""Methods that keep the count of every leaf: only which weights are active changes."""
+"""Methods that keep the count of every leaf and grow by gradient; and the one of a fixed mask."""
 
 from typing import Unpack
 
-from dstee_jax.methods._common import (
-    Inner,
-    Options,
-    Transform,
-    Untimed,
-    halved_by_thirds,
-    itop,
-    make,
-)
-from dstee_jax.rules import memory, penalties, plans, scores
+from dstee_jax.methods._common import Inner, Options, Transform, Untimed, itop, make
+from dstee_jax.rules import scores
+from dstee_jax.rules.ablation import Exempt, ablation
 
 
 def static(inner: Inner = None, **options: Unpack[Options]) -> Transform:
     """Static: the first mask, kept: random, or `masks=` from `dstee.at_init`. No rounds."""
     return make(inner, {"every": None}, options)
-
-
-def set(inner: Inner = None, **options: Unpack[Options]) -> Transform:
-    """SET: drop by magnitude, grow at random; just-dropped weights may come back.
-
-    References:
-      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
-      connectivity inspired by network science", 2018; as in Evci et al., 2020.
-
-    Deviations:
-      The original drops the smallest positive and the largest negative weights separately,
-      once an epoch (pass `every=steps_per_epoch`), at a constant 0.3 (pass
-      `drop_fraction=optax.constant_schedule(0.3)`, `stop=1.0`), and keeps the output dense.
-      This is the version that RigL compares with: magnitude, RigL's schedule.
-    """
-    return make(inner, {"grow": scores.random(), "regrow": True}, options)
-
-
-def set_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untimed]) -> Transform:
-    """SET in ITOP's setting: as `rigl_itop`, with random growth and `every` 1500.
-
-    References:
-      Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, Section 4.
-
-    Deviations:
-      As `rigl_itop`.
-    """
-    defaults = itop(total_steps) | {"grow": scores.random(), "every": 1500}
-    return make(inner, defaults, options)
 
 
 def rigl(inner: Inner = None, **options: Unpack[Options]) -> Transform:
@@ -76,6 +40,48 @@ def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untime
     return make(inner, defaults, options)
 
 
+def srigl(
+    inner: Inner = None,
+    *,
+    gamma: float = 0.3,
+    of_dense: bool = False,
+    exempt: Exempt = lambda name, shape: False,
+    output_axis: int = -1,
+    **options: Unpack[Options],
+) -> Transform:
+    """SRigL: RigL with a constant fan-in, and units of few salient weights ablated.
+
+    Args:
+      inner: the optimizer.
+      gamma: share of a unit's active inputs that must be salient; 0.95 for vision transformers.
+      of_dense, exempt, output_axis: of `structures.ablation`, which has the rule. Exempt the last
+        layer.
+      **options: of `dstee.transform`; `grow_batches=n` is their accumulation of gradients.
+
+    Raises:
+      ValueError: gamma is negative.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
+      >>> tx = dstee.methods.srigl(optax.sgd(0.1), sparsity=0.9, total_steps=400,
+      ...                          key=jax.random.key(0),
+      ...                          exempt=lambda name, shape: "head" in name)
+      >>> params = {"body": {"kernel": jnp.ones((20, 8))}, "head": {"kernel": jnp.ones((8, 6))}}
+      >>> tx.init(params).masks["body"]["kernel"].sum(0).tolist()
+      [2, 2, 2, 2, 2, 2, 2, 2]
+
+    References:
+      Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.1, and its
+      code.
+
+    Deviations:
+      Those of `structures.ablation`; as `rigl`.
+    """
+    structure = ablation(gamma, of_dense=of_dense, exempt=exempt, output_axis=output_axis)
+    defaults = {"grow": scores.gradient(), "regrow": True, "structure": structure}
+    return make(inner, defaults, options)
+
+
 def dst_ee(
     inner: Inner = None,
     *,
@@ -90,79 +96,3 @@ def dst_ee(
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
     """
     return make(inner, {"grow": scores.acquisition(c, eps, normalize=normalize)}, options)
-
-
-def mest(
-    inner: Inner = None,
-    *,
-    total_steps: int,
-    gradient_weight: float = 1.0,
-    **options: Unpack[Untimed],
-) -> Transform:
-    """MEST (EM): drop by |w| + lambda |g|, grow at random.
-
-    The drop fraction steps down: 0.3, then 0.15 and 0.075 after each third of the training.
-    `every` is 1950, five epochs of CIFAR at batch 128.
-
-    Args:
-      inner: the optimizer.
-      total_steps: number of calls of `update` in the whole training.
-      gradient_weight: lambda.
-      **options: of `dstee.transform`.
-
-    References:
-      Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the
-      Edge", 2021, Section 3.
-
-    Deviations:
-      Their mutation ratio is a share of all weights of a layer, ours of the active ones
-      (`plan=plans.exchange(of_all=True)` with a small `drop_fraction` is theirs). EM drops and
-      grows in one exchange, where theirs prunes below the target and grows back: the same
-      masks. lambda and the steps of the ratio could not be checked.
-    """
-    defaults = {
-        "total_steps": total_steps,
-        "drop": scores.magnitude_and_gradient(gradient_weight),
-        "grow": scores.random(),
-        "drop_fraction": halved_by_thirds(total_steps),
-        "every": 1950,
-        "stop": 0.9,
-        "update_weights": True,
-    }
-    return make(inner, defaults, options)
-
-
-def deep_r(
-    inner: Inner = None, *, l1: float = 1e-5, noise: float = 1e-5, **options: Unpack[Options]
-) -> Transform:
-    """DeepR: on every step, drop the weights that crossed zero and grow as many at random.
-
-    Each connection keeps the sign of its initial value. The gradient of an active weight gets
-    `l1 * sign + noise * N(0, 1)` before it reaches `inner`, which in the paper is plain SGD.
-
-    Args:
-      inner: the optimizer; required, since the l1 term and the noise pass through it.
-      l1: coefficient of the l1 term.
-      noise: standard deviation of the noise, in units of the gradient.
-      **options: of `dstee.transform`.
-
-    References:
-      Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018, Algorithm 1.
-
-    Deviations:
-      A new connection starts at 0 and is dropped below 0, where theirs starts at 1e-12 and is
-      dropped at 0 or below; one dropped in a step can't come back in the same step. Theirs
-      keeps one total for the network, ours one for each leaf. Whether 1e-5 is the variance or
-      the standard deviation of the noise could not be checked: here the latter.
-    """
-    defaults = {
-        "plan": plans.below_zero(),
-        "memory": memory.signs(),
-        "penalty": penalties.l1_with_noise(l1, noise),
-        "drop": scores.along_sign(),
-        "grow": scores.random(),
-        "every": 1,
-        "stop": 1.0,
-        "update_weights": True,
-    }
-    return make(inner, defaults, options)

@@ -4,8 +4,16 @@ from typing import Unpack
 
 import optax
 
-from dstee_jax.methods._common import Inner, Transform, Untimed, half_to_nearly_none, make
+from dstee_jax.methods._common import (
+    Inner,
+    Options,
+    Transform,
+    Untimed,
+    half_to_nearly_none,
+    make,
+)
 from dstee_jax.rules import memory, plans, scores
+from dstee_jax.rules.sampling import subset
 
 
 def snfs(
@@ -74,6 +82,48 @@ def dsr(
         "drop_fraction": optax.constant_schedule(0.1),
         "every": lambda step: 100 * 2 ** min(4 * step // max(total_steps, 1), 3),
         "stop": 0.95,
+        "update_weights": True,
+    }
+    return make(inner, defaults, options)
+
+
+def gse(inner: Inner = None, *, share: float = 1.0, **options: Unpack[Options]) -> Transform:
+    """GSE: grow by absolute gradient in a random subset of the weights, over all layers together.
+
+    The drop fraction is 0.2, by cosine to 0 at 0.6 of the training; as many of the weights of
+    smallest magnitude are dropped. `every` is 1000.
+
+    Args:
+      inner: the optimizer.
+      share: candidates for each active weight of a layer; of `scores.subset`.
+      **options: of `dstee.transform`; `grow_batches=n` for the mean gradient of several batches.
+
+    Raises:
+      ValueError: share is not above 0.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.gse(optax.sgd(0.1), sparsity=0.95, total_steps=5000,
+      ...                        key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      [1000, 2000, 3000]
+
+    References:
+      Heddes et al., "Always-Sparse Training by Growing Connections with Guided Stochastic
+      Exploration", 2024, Algorithm 1, and its code (github.com/mikeheddes/
+      guided-stochastic-exploration).
+
+    Deviations:
+      Those of `scores.subset`: a dense gradient is made, of the mask step's own batch. Theirs grows
+      first and then prunes what was active before, which gives the same masks as one exchange; no
+      leaf loses its last weight. The optimizer steps before the round, theirs after it.
+    """
+    defaults = {
+        "plan": plans.exchange(overall=True),
+        "grow": subset(scores.gradient(), share),
+        "drop_fraction": 0.2,
+        "every": 1000,
+        "stop": 0.6,
         "update_weights": True,
     }
     return make(inner, defaults, options)

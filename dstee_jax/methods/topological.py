@@ -1,5 +1,6 @@
 """Methods that grow by the topology of the masks, without a gradient."""
 
+from collections.abc import Sequence
 from typing import Unpack
 
 import optax
@@ -7,12 +8,13 @@ import optax
 from dstee_jax.methods._common import Inner, Options, Transform, Untimed, linear, make
 from dstee_jax.rules import scores
 from dstee_jax.rules.phases import drop_then_grow
+from dstee_jax.rules.sampling import sampled
 from dstee_jax.rules.schedule import Every
-from dstee_jax.rules.topology import ch2_l3n, ch3_l3n
+from dstee_jax.rules.topology import ch2_l3n, ch3_l3p
 
 
-def cht(inner: Inner = None, **options: Unpack[Options]) -> Transform:
-    """CHT: drop by magnitude, grow where most short paths lead (CH3-L3n), from the mask alone.
+def cht(inner: Inner = None, *, chain: Sequence[str] = (), **options: Unpack[Options]) -> Transform:
+    """CHT: drop by magnitude, grow where most short paths lead (CH3-L3p), from the mask alone.
 
     A round takes two mask steps, on neither of which a weight is updated: `every` steps after
     the last drop 0.3 of each leaf goes, and on the next step as much grows, at zero, by the
@@ -21,10 +23,16 @@ def cht(inner: Inner = None, **options: Unpack[Options]) -> Transform:
 
     Args:
       inner: the optimizer.
+      chain: names of kernels that follow each other, as ('layer_0/kernel', 'layer_1/kernel'): after
+        a drop, the links of hidden units without inputs or outputs go, too, and as many grow again
+        in their leaves. Those units take no part in the training any more.
       **options: of `dstee.transform`; `every` is a number, 2 or more (the authors' is an epoch).
+        `grow=scores.ch3_l3n()` costs less on large kernels; `masks=at_init.csti(...)` are the
+        authors' first masks.
 
     Raises:
-      ValueError: `every` is no such number, or a sparse leaf has not two axes.
+      ValueError: `every` is no such number, a sparse leaf has not two axes, or the chain names
+        kernels that do not follow each other.
 
     Example:
       >>> import dstee_jax as dstee, jax, optax
@@ -38,14 +46,12 @@ def cht(inner: Inner = None, **options: Unpack[Options]) -> Transform:
       brain-inspired theory for ultra-sparse advantage in deep learning", 2024, and its code.
 
     Deviations:
-      Growth by CH3-L3n, whose score is a few products of matrices, where the paper's MLPs take
-      CH3-L3p, a sum over each path. Chain removal (links of units without inputs or outputs),
-      the early stop of a layer that regrows what it dropped, and first masks by the correlation
-      of inputs are left out. Rounds go on to the end of the training.
+      The early stop of a layer that regrows what it dropped is left out: rounds go on to the end
+      of the training.
     """
     defaults = {
-        "plan": drop_then_grow(),
-        "grow": ch3_l3n(),
+        "plan": drop_then_grow(chain=chain),
+        "grow": ch3_l3p(),
         "drop_fraction": optax.constant_schedule(0.3),
         "stop": 1.0,
     }
@@ -54,7 +60,12 @@ def cht(inner: Inner = None, **options: Unpack[Options]) -> Transform:
 
 
 def chts(
-    inner: Inner = None, *, total_steps: int, last_power: float = 3.0, **options: Unpack[Untimed]
+    inner: Inner = None,
+    *,
+    total_steps: int,
+    last_power: float = 3.0,
+    chain: Sequence[str] = (),
+    **options: Unpack[Untimed],
 ) -> Transform:
     """CHTs: as `cht`, with sampling where CHT takes the best, and CH2-L3n.
 
@@ -66,6 +77,7 @@ def chts(
       inner: the optimizer.
       total_steps: number of calls of `update` in the whole training.
       last_power: T in the end; 9 in the authors' scripts for LLaMA, with `drop_fraction` 0.1.
+      chain: as for `cht`.
       **options: of `dstee.transform`; pass `drop=scores.sampled(scores.relative_importance(), T)`
         for removal by relative importance.
 
@@ -77,15 +89,15 @@ def chts(
       Transformers and LLMs to perform as fully connected", 2025, and its code.
 
     Deviations:
-      As `cht`, CH2-L3n being theirs. How T goes from 1 to its last value could not be checked.
+      As `cht`. How T goes from 1 to its last value could not be checked.
     """
     if not last_power >= 0:
         raise ValueError(f"last_power={last_power} must be 0 or more: 0 draws at random.")
     defaults = {
         "total_steps": total_steps,
-        "plan": drop_then_grow(),
-        "drop": scores.sampled(scores.magnitude(), linear(total_steps, 1.0, last_power)),
-        "grow": scores.sampled(ch2_l3n()),
+        "plan": drop_then_grow(chain=chain),
+        "drop": sampled(scores.magnitude(), linear(total_steps, 1.0, last_power)),
+        "grow": sampled(ch2_l3n()),
     }
     every = _in_pairs(options.pop("every", 100))
     return make(inner, defaults | {"every": every}, options)

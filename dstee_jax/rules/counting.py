@@ -87,6 +87,21 @@ def lowest_overall(
     return [active(chosen) for chosen in largest_of_all(scores, count)]
 
 
+def highest_overall(
+    leaves: Sequence[Leaf], grow_scores: Sequence[jax.Array], count: jax.Array
+) -> list[jax.Array]:
+    """How many of the `count` inactive weights of highest growth score lie in each leaf.
+
+    Of those with a finite score alone: fewer than `count`, if there are fewer.
+    """
+    rows = zip(leaves, grow_scores, strict=True)
+    able = [~leaf.mask & jnp.isfinite(score) for leaf, score in rows]
+    pairs = zip(able, grow_scores, strict=True)
+    scores = [jnp.where(can, score.astype(jnp.float32), -jnp.inf) for can, score in pairs]
+    there = summed([active(can) for can in able])
+    return [active(chosen) for chosen in largest_of_all(scores, jnp.minimum(count, there))]
+
+
 def summed(counts: list[jax.Array]) -> jax.Array:
     """The sum of some counts."""
     return _sum(jnp.stack(counts))

@@ -99,13 +99,14 @@ def first_rule_state(
     masks: PyTree,
     key: jax.Array,
     sums_gradients: bool,
+    keeps_grown: bool,
 ) -> Any:
     """`()`, or the RuleState of a method that keeps something of its own."""
-    if memory is None and not sums_gradients:
+    if memory is None and not sums_gradients and not keeps_grown:
         return RuleState((), plan_state, ()) if jax.tree.leaves(plan_state) else ()
     leaves, treedef = jax.tree.flatten(params)
     if not leaves:
-        return RuleState(params, plan_state, params)
+        return RuleState(params, plan_state, params, params)
 
     def each(make: Callable[[jax.Array, jax.Array], jax.Array]) -> PyTree:
         kept = [
@@ -121,29 +122,40 @@ def first_rule_state(
         () if memory is None else each(memory.init),
         plan_state,
         each(zeros) if sums_gradients else (),
+        jax.tree.map(lambda m: jnp.zeros_like(m, jnp.int32), masks) if keeps_grown else (),
     )
 
 
-def recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree, list[Any]]:
-    """Each leaf's memory (`()` where there is none), the plan's state, sums of gradients."""
-    memory, plan_state, sums = rule_state or ((), (), ())
+def recall(rule_state: Any, params: PyTree) -> tuple[list[Any], PyTree, list[Any], list[Any]]:
+    """Each leaf's memory (`()` where there is none), the plan's state, sums of gradients, grown."""
+    memory, plan_state, sums, grown = rule_state or ((), (), (), ())
 
     def each(tree: PyTree) -> list[Any]:
         if jax.tree.leaves(tree):
             return mask_leaves(tree, params)
         return [()] * len(jax.tree.leaves(params))
 
-    return each(memory), plan_state, each(sums)
+    return each(memory), plan_state, each(sums), each(grown)
 
 
 def remember(
-    rule_state: Any, params: PyTree, kept: list[Any], plan_state: PyTree, sums: list[Any]
+    rule_state: Any,
+    params: PyTree,
+    kept: list[Any],
+    plan_state: PyTree,
+    sums: list[Any],
+    grown: list[Any],
 ) -> Any:
-    """`rule_state` with new memories, a new plan's state and new sums of gradients."""
+    """`rule_state` with what `recall` gives, new."""
     if not rule_state:
         return rule_state
 
     def each(tree: PyTree, new: list[Any]) -> PyTree:
         return replace_leaves(tree, params, new) if jax.tree.leaves(tree) else tree
 
-    return RuleState(each(rule_state.memory, kept), plan_state, each(rule_state.gradients, sums))
+    return RuleState(
+        each(rule_state.memory, kept),
+        plan_state,
+        each(rule_state.gradients, sums),
+        each(rule_state.grown, grown),
+    )

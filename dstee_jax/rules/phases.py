@@ -1,5 +1,8 @@
 """Plans whose rounds differ in kind: some drop, others grow."""
 
+import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,17 +11,22 @@ from dstee_jax.rules import counting
 from dstee_jax.rules.counting import Counts
 from dstee_jax.rules.plans import Plan, Round
 from dstee_jax.rules.schedule import portion
+from dstee_jax.trees import is_dense
 
-__all__ = ["alternate", "drop_then_grow"]
+__all__ = ["alternate", "drop_then_grow", "linked"]
 
 
-def drop_then_grow() -> Plan:
+def drop_then_grow(*, chain: Sequence[str] = ()) -> Plan:
     """One round drops a share of each leaf, the next grows it again: CHT.
 
     So the growth score sees the mask after the drop, and what was dropped may come back. With
     both rounds on neighbouring steps, and no weight updated on either (`update_weights=False`),
     the network in between is never trained. The last round only grows; a leaf that is dense at
     the asked sparsity stays so.
+
+    Args:
+      chain: names of kernels (inputs, outputs), each of which reads what the one before it gives:
+        after a drop the weights of hidden units that have no inputs, or no outputs, go too.
     """
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
@@ -32,7 +40,38 @@ def drop_then_grow() -> Plan:
             drops.append(jnp.where(due & (target < leaf.mask.size), k, 0))
         return drops, missing, round_.state
 
-    return Plan(amounts)
+    return Plan(amounts, trim=functools.partial(linked, tuple(chain)) if chain else None)
+
+
+def linked(chain: Sequence[str], names: list[str], masks: list[Any]) -> list[Any]:
+    """Masks without the weights of hidden units of a chain that nothing leads to, or from.
+
+    Args:
+      chain: names of kernels (inputs, outputs) that follow each other.
+      names: of all leaves.
+      masks: of all leaves, bool; `MaskedNode` for a dense one, which links all of its units.
+
+    Raises:
+      ValueError: a name is unknown, or two kernels do not fit.
+    """
+    missing = [name for name in chain if name not in names]
+    if missing or len(chain) < 2:
+        raise ValueError(f"chain={chain} must be two or more of the leaves {names}, in order.")
+    places, new = [names.index(name) for name in chain], list(masks)
+    pairs = [
+        (i, j) for i, j in itertools.pairwise(places) if not (is_dense(new[i]) or is_dense(new[j]))
+    ]
+    for i, j in pairs:
+        if not new[i].ndim == new[j].ndim == 2 or new[i].shape[1] != new[j].shape[0]:
+            raise ValueError(
+                f"chain={chain}: {names[i]} of shape {new[i].shape} and {names[j]} of shape "
+                f"{new[j].shape} do not follow each other as (inputs, outputs)."
+            )
+    for i, j in pairs:  # what nothing leads to, from the inputs on
+        new[j] = new[j] & new[i].any(0)[:, None]
+    for i, j in reversed(pairs):
+        new[i] = new[i] & new[j].any(1)[None, :]
+    return new
 
 
 def alternate(*, overall: bool = True) -> Plan:

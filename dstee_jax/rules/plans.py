@@ -36,6 +36,7 @@ class Round(NamedTuple):
 
     leaves: list[Leaf]  # views as the scores see them
     drop_scores: list[jax.Array]  # of every entry of each leaf; only active ones count
+    grow_scores: Callable[[], list[jax.Array]]  # the same of growth; for plans that compare them
     targets: list[Any]  # active weights of each leaf at the asked sparsity; of its parts, if cut
     starts: list[Any]  # active weights of each leaf at step 0
     fraction: jax.Array  # float32, shape (): the drop fraction of this round
@@ -54,6 +55,8 @@ class Plan(NamedTuple):
       starts: `(targets, sizes, spread) -> counts at step 0`, where `spread(sparsity)` shares
         another sparsity by the run's own distribution; None to start at the targets.
       init: makes `state`.
+      trim: `(names, masks) -> masks` of all leaves, `MaskedNode` where dense: what goes beyond the
+        counts, after a round that drops; None for nothing.
       exchanges: whether each leaf drops at most `fraction` of its active weights and grows as
         many. Then counts are static.
     """
@@ -61,6 +64,7 @@ class Plan(NamedTuple):
     amounts: Callable[[Round], tuple[Counts, Counts, Any]]
     starts: Callable[[list[int], list[int], Callable[[float], list[int]]], list[int]] | None = None
     init: Callable[[], Any] = tuple
+    trim: Callable[[list[str], list[Any]], list[Any]] | None = None
     exchanges: bool = False
 
     def first_counts(
@@ -91,13 +95,26 @@ class Plan(NamedTuple):
         return first
 
 
-def exchange(*, of_all: bool = False) -> Plan:
+def exchange(*, of_all: bool = False, overall: bool = False) -> Plan:
     """Every leaf drops a share of its active weights and grows as many: SET, RigL, DST-EE.
 
     Args:
       of_all: the drop fraction is a share of all weights of the leaf, active or not (MEST's
         mutation ratio), at most all active ones.
+      overall: drop the weights of lowest score over all leaves together and grow those of highest,
+        so that counts move between leaves and the total stays (GSE). No leaf loses its last weight.
     """
+
+    def of_network(round_: Round) -> tuple[Counts, Counts, Any]:
+        sizes = round_.targets if not of_all else [leaf.mask.size for leaf in round_.leaves]
+        wanted = portion(round_.fraction, sum(sizes))
+        grows = counting.highest_overall(round_.leaves, round_.grow_scores(), wanted)
+        total = counting.summed(grows)
+        return (
+            counting.lowest_overall(round_.leaves, round_.drop_scores, total),
+            grows,
+            round_.state,
+        )
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
         k: list[jax.Array | int] = []
@@ -107,7 +124,7 @@ def exchange(*, of_all: bool = False) -> Plan:
             k.append(jnp.minimum(share, jnp.asarray(target, share.dtype)))
         return k, k, round_.state
 
-    return Plan(amounts, exchanges=not of_all)
+    return Plan(of_network) if overall else Plan(amounts, exchanges=not of_all)
 
 
 def below_zero() -> Plan:

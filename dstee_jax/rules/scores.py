@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf, at_least_float32
 
@@ -55,6 +56,44 @@ def magnitude_and_gradient(weight: float = 1.0) -> Score:
     return lambda leaf: jnp.abs(leaf.param) + weight * jnp.abs(leaf.grad)
 
 
+def two_sided(fraction: float = 0.3) -> Score:
+    """The smallest positive and the largest negative weights: the drop rule of SET as published.
+
+    Of a leaf's active weights, floor(fraction n) of the n negative ones are dropped, those nearest
+    to zero, and of the others those nearest to zero for the rest of what is dropped.
+
+    Args:
+      fraction: zeta, in [0, 1]; the same as `drop_fraction=optax.constant_schedule(zeta)`.
+
+    Raises:
+      ValueError: it is out of range.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, jax.numpy as jnp
+      >>> w, mask = jnp.array([3.0, 1.0, -5.0, -4.0, 2.0, 6.0]), jnp.ones(6, bool)
+      >>> leaf = dstee.Leaf(w, None, mask, mask, jax.random.key(0), 1)
+      >>> jax.lax.top_k(-two_sided(0.5)(leaf), 3)[1].tolist()  # -4, 1 and 2
+      [3, 1, 4]
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", 2018, Algorithm 1.
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be in [0, 1], as 0.3.")
+
+    def score(leaf: Leaf) -> jax.Array:
+        w = leaf.param.astype(at_least_float32(leaf.param.dtype))
+        negative = leaf.mask & (w < 0)
+        n = jnp.sum(negative, dtype=jnp.int32).astype(jnp.float32)
+        k = jnp.floor(fraction * n).astype(jnp.int32)
+        (first,) = largest_of_all([jnp.where(negative, w, -jnp.inf)], k)
+        others = jnp.where(negative, jnp.finfo(w.dtype).max, jnp.abs(w))
+        return jnp.where(first, -jnp.ones_like(w), others)
+
+    return score
+
+
 def saliency() -> Score:
     """|w g|, what the loss would change by without the weight, to first order.
 
@@ -87,42 +126,6 @@ def normalized(score: Score) -> Score:
         return value / (norm + 1e-8)
 
     return over_norm
-
-
-def sampled(score: Score, power: float | Callable[[jax.Array], jax.Array] = 1.0) -> Score:
-    """Sample by a score instead of taking its best: probability in proportion to score^power.
-
-    The key power ln(score) + a Gumbel number: the k entries of largest keys are k draws without
-    replacement, each in proportion to score^power among those that are left, exactly. As `drop`
-    the kept weights are drawn so, as `grow` the grown ones. Scores of 0 and below are drawn when
-    no other is left, at random among themselves.
-
-    Args:
-      score: as `magnitude()`.
-      power: 1 or more is nearer to the best, 0 is at random; a number, or a function of the step.
-
-    Returns:
-      A score: leaf -> float array of the leaf's shape, float32 or wider.
-
-    References:
-      Kool et al., "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
-      Sequences Without Replacement", 2019, Section 2.3.
-    """
-
-    def keys(leaf: Leaf) -> jax.Array:
-        value = score(leaf)
-        value = value.astype(at_least_float32(value.dtype))
-        place, key = sharding_of(leaf.param), jax.random.fold_in(leaf.key, 1)
-        tiny = jnp.finfo(value.dtype).tiny
-        u = jax.random.uniform(key, value.shape, value.dtype, minval=tiny, out_sharding=place)
-        exponent = power(leaf.count) if callable(power) else power
-        exponent = jnp.asarray(exponent, value.dtype)
-        some = jnp.where(value > 0, value, jnp.ones_like(value))
-        gumbel = -jnp.log(-jnp.log(u))
-        last = jnp.finfo(value.dtype).min / (2 + u)
-        return jnp.where(value > 0, exponent * jnp.log(some) + gumbel, last)
-
-    return keys
 
 
 def along_sign() -> Score:

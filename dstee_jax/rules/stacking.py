@@ -26,6 +26,7 @@ def by_layer(score: Score, axes: tuple[int, ...]) -> Score:
             count=None,
             rule_state=jax.tree.map(lambda _: from_end, leaf.rule_state),
             target=None,
+            grown=jax.tree.map(lambda _: from_end, leaf.grown),
         )
         in_axes: Any = leaf._replace(**places)  # type: ignore[arg-type]
         keys = jax.random.split(leaf.key, leaf.param.shape[axis])

@@ -1,7 +1,7 @@
 """Structures: which masks are allowed. N:M, tiles, constant fan-in.
 
 `transform(structure=structures.n_m(2, 4), ...)` uses any drop and grow score with masks of that
-structure. Structures keep the count of every leaf (`plans.exchange`).
+structure, under `plans.exchange`. They keep the count of every leaf, but for ablation.
 """
 
 import math
@@ -37,8 +37,10 @@ class Structure(NamedTuple):
       expand: `(mask, shape) -> mask`: the leaf's mask from that of what was reduced.
       step: `shape -> n`: counts of that shape are multiples of n; None if there is one alone.
       tile: (inputs, outputs) of a tile, if masks and counters are kept for tiles; else ().
-      exchange: `(mask, drop_score, grow_score, k, k_max, regrow, selection) -> mask`, instead of
-        the three, for a structure whose groups are not parts: about k weights change places.
+      exchange: `(mask, drop_score, grow_score, k, k_max, active, name, regrow, selection) -> mask`,
+        instead of the three, for a structure whose groups are not parts: about k weights change
+        places, of `active` that there are at the asked sparsity. `name` is the leaf's.
+      keeps_count: whether a round leaves as many weights active as there were.
     """
 
     count: Callable[[Shape, int], int]  # type: ignore[assignment]
@@ -50,6 +52,7 @@ class Structure(NamedTuple):
     exchange: Callable[..., jax.Array] | None = None
     step: Callable[[Shape], int] | None = None
     tile: tuple[int, ...] = ()
+    keeps_count: bool = True
 
 
 def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
@@ -99,7 +102,7 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
         rank = jnp.argsort(jnp.argsort(draw, axis=-1), axis=-1)
         return back(rank < n, shape)
 
-    def exchange(mask, drop_score, grow_score, k, k_max, regrow, selection):
+    def exchange(mask, drop_score, grow_score, k, k_max, active, name, regrow, selection):
         active, drop, grow = (grouped(x) for x in (mask, drop_score, grow_score))
         places = lax.broadcasted_iota(jnp.int32, active.shape, active.ndim - 1)
         drop = jnp.where(active, drop, jnp.inf)
@@ -217,7 +220,7 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
       Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.
 
     Deviations:
-      SRigL also ablates units whose weights matter little; here all units stay.
+      SRigL also ablates units whose weights matter little: `ablation`. Here all units stay.
     """
 
     def back(x: jax.Array, shape: Shape) -> jax.Array:

@@ -14,6 +14,21 @@ from dstee_jax import at_init, methods, soft_threshold, structures
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure", "regrow")
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
+
+
+def _classes(name: str, shape: Sequence[int]) -> bool:
+    """Whether the units of a leaf are classes, or the one output of `linkpred`."""
+    return "head" in name or shape[-1] in (1, 10)
+
+
+def _mest_published(
+    inner: optax.GradientTransformation, *, sparsity: float, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """MEST with the shares of its scripts, 0.02 of all weights at 90%, and their lambda."""
+    shares = {"mutation": 0.2 * (1 - sparsity), "gradient_weight": 0.5}
+    return methods.mest(inner, sparsity=sparsity, **shares, **options)
+
+
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
 
 
@@ -55,6 +70,7 @@ METHODS = {
     "snip": Method(methods.static, first_masks=at_init.snip),
     "grasp": Method(methods.static, first_masks=at_init.grasp),
     "synflow": Method(methods.static, first_masks=at_init.synflow),
+    "csti": Method(methods.static, first_masks=at_init.csti),
     # from dense to sparse
     "str": Method(None, trains="thresholds"),
     "sis": Method(methods.static, trains="pruned"),
@@ -66,15 +82,26 @@ METHODS = {
     # sparse from the first step to the last
     "deep_r": Method(methods.deep_r),
     "set": Method(methods.set, _SCHEDULE),
+    "set_published": Method(functools.partial(methods.set, zeta=0.3), ("every",)),
     "set_itop": Method(methods.set_itop, ("every",)),
     "snfs": Method(methods.snfs, ("every",)),
     "dsr": Method(methods.dsr, ("every",)),
+    "gse": Method(methods.gse, ("every", "stop")),
     "cht": Method(methods.cht, ("every", "stop", "drop_fraction")),
     "chts": Method(methods.chts, ("every", "stop", "drop_fraction")),
+    "smet": Method(
+        functools.partial(methods.smet, betas=None),  # the experiments' optimizer is SGD
+        ("every", "start", "stop"),
+    ),
     "mest": Method(methods.mest, ("every",)),
+    "mest_published": Method(_mest_published, ("every",)),
     "mest_ems": Method(methods.mest_ems, ("every",)),
     "rigl": Method(methods.rigl, _SCHEDULE),
     "rigl_itop": Method(methods.rigl_itop, ("every",)),
+    "srigl": Method(
+        functools.partial(methods.srigl, exempt=_classes),
+        ("every", "start", "stop", "drop_fraction"),
+    ),
     "dst_ee": Method(methods.dst_ee, (*_SCHEDULE, "c", "eps", "normalize", "counter_init")),
 }
 
@@ -187,4 +214,6 @@ def first_masks(
 
     if method == "synflow":
         return score(lambda p, x: network(p, x, False), params, batch[0][:1], sparsity, key)
+    if method == "csti":
+        return score(None, params, batch[0], sparsity, key)
     return score(loss, params, batch, sparsity, key)

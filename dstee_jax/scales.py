@@ -1,0 +1,3 @@
+"""Scales: by how much the update of an active weight is multiplied."""
+
+from dstee_jax.rules.scales import *  # noqa: F403
