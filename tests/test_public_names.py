@@ -12,7 +12,7 @@ import dstee_jax as dstee
 ROOT = Path(__file__).parent.parent
 MODULES = {
     *("at_init", "distributions", "inclusion", "memory", "methods", "penalties", "plans"),
-    *("powerpropagation", "scores", "soft_threshold", "straight_through", "structures"),
+    *("powerpropagation", "scales", "scores", "soft_threshold", "straight_through", "structures"),
     *("top_kast", "trees"),
 }
 OPTIONAL = {"tiled_linen", "tiled_nnx"}  # which need Flax, and are imported by their names
