@@ -129,7 +129,7 @@ def test_a_data_parallel_step_sends_active_gradients_alone(target):
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     def mean(grads, state):
-        return dstee.pmean(grads, state, "data")
+        return dstee.pmean(grads, state, "data", dense=False)
 
     args = programs.placed((rectangles, state), whole)
     found = compiled.figures(compiled.compiled(programs.Program(mean, args))[0])

@@ -287,6 +287,27 @@ def test_pmean_is_one_device(how):
     equal(state.counters, expected_state.counters)
 
 
+def test_pmean_that_is_told_which_steps_are_dense():
+    tx = make(optax.adam(0.01), packed=True)
+    known = {dense: parallel(tx, dense=dense) for dense in (False, True)}
+    steps, asked = iter(range(1, 8)), parallel(tx)
+    told = run(tx, lambda *args: known[next(steps) in dstee.dense_steps_of(tx)](*args))
+    equal(told, run(tx, asked))
+    params, state = run(tx, known[False])  # a broken promise: nothing is exchanged
+    equal(state.masks, tx.init(PARAMS).masks)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
+    for dense, conditionals in ((None, 1), (False, 0), (True, 0)):
+        program = jax.shard_map(
+            lambda g, s, dense=dense: dstee.pmean(g, s, "data", dense=dense),
+            mesh=MESH,
+            in_specs=P(),
+            out_specs=P(),
+            check_vma=False,
+        )
+        text = jax.jit(program).lower(PARAMS, tx.init(PARAMS)).as_text()
+        assert text.count("stablehlo.case") == conditionals
+
+
 def test_pmean_of_bfloat16_on_the_wire():
     tx = make(optax.sgd(0.01), indices=True)
     step = parallel(tx, wire_dtype=jnp.bfloat16)
@@ -393,6 +414,12 @@ def test_replicas_that_differ_are_found():
     with pytest.raises(Exception, match="differ between devices: start all from one state"):
         go()
     runtime_tokens.clear()  # else JAX raises the other devices' errors again at the exit
+
+
+def test_pmean_refuses_a_traced_dense():
+    tx = make(packed=True)
+    with pytest.raises(ValueError, match=r"dense=.* static argument of jit"):
+        jax.jit(lambda d: dstee.pmean(PARAMS, tx.init(PARAMS), "data", dense=d))(True)
 
 
 def test_pmean_refuses():

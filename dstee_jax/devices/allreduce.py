@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -20,6 +21,7 @@ def pmean(
     opt_state: PyTree,
     axis_name: Any,
     *,
+    dense: bool | None = None,
     wire_dtype: Any = None,
     check: bool = False,
 ) -> PyTree:
@@ -42,6 +44,10 @@ def pmean(
       opt_state: the optimizer's state, the same on all devices of the axis, with the indices of
         the active weights: of `transform(..., packed=True)` or `transform(..., indices=True)`.
       axis_name: of the mesh axis, or a tuple of them.
+      dense: whether the dense gradient travels, a Python bool, for a training loop that knows:
+        `step in dstee.dense_steps_of(tx)`. None asks the state, by a conditional, for which the
+        host of a GPU waits on every step. Where False is wrong, the inactive entries come back
+        as NaN: nothing grows on that step.
       wire_dtype: send in this type, as `jnp.bfloat16`; default the gradients' own.
       check: raise an error, from the devices, when masks or counters differ between them. It
         costs a pass over both, and a callback to the host.
@@ -50,8 +56,14 @@ def pmean(
       The mean, in the structure, shapes and dtypes of `grads`.
 
     Raises:
-      ValueError: `opt_state` has no indices, or the gradients have been summed already.
+      ValueError: `opt_state` has no indices, `dense` is traced, or the gradients have been summed
+        already.
     """
+    if not (dense is None or isinstance(dense, bool | np.bool_)):
+        raise ValueError(
+            f"dense={dense} must be True, False or None when the step is compiled: make it a "
+            "static argument of jit."
+        )
     states = get_states(opt_state)
     if not states or any(type(s.indices) is tuple and not s.indices for s in states):
         raise ValueError(
@@ -73,20 +85,26 @@ def pmean(
         sent = x if wire_dtype is None else x.astype(wire_dtype)
         return lax.pmean(sent, axis_name).astype(x.dtype)
 
+    wanted = jnp.stack([state.needs_dense for state in states]).any()
+
     def active() -> list[jax.Array]:
         packed = [g if is_dense(w) else w.take(g) for g, w in zip(leaves, where, strict=True)]
+        left_out = 0.0 if dense is None else jnp.where(wanted, jnp.nan, 0.0)
         return [
-            g if is_dense(w) else w.put(jnp.zeros(full.shape, full.dtype), g)
+            g if is_dense(w) else w.put(jnp.full(full.shape, left_out, full.dtype), g)
             for g, w, full in zip(_in_one(mean, packed), where, leaves, strict=True)
         ]
 
-    def dense() -> list[jax.Array]:
+    def whole() -> list[jax.Array]:
         return [mean(g) for g in leaves]
 
     if all(map(is_dense, where)):  # rectangles of tiles, or nothing sparse: one size on all steps
-        return jax.tree.unflatten(treedef, _in_one(mean, leaves))
-    wanted = jnp.stack([state.needs_dense for state in states]).any()
-    return jax.tree.unflatten(treedef, lax.cond(wanted, dense, active))
+        found = _in_one(mean, leaves)
+    elif dense is None:
+        found = lax.cond(wanted, whole, active)
+    else:
+        found = whole() if dense else active()
+    return jax.tree.unflatten(treedef, found)
 
 
 def _place(grad: jax.Array, index: Any, mask: Any) -> Any:

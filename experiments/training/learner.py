@@ -157,6 +157,10 @@ class Learner:
         if self.trains == "masked":
             self.tx = self._make(masks=self._chosen(args, scored))
         self.mask_steps = mask_steps(args.method, self.tx)
+        # Whether steps between mask steps read dense gradients, as those of a method with memory.
+        self.dense_between = self.axis is not None and list(self.mask_steps) != list(
+            dstee.dense_steps_of(self.tx)
+        )
 
     def _built(self, training: bool) -> nnx.Module:
         model = self._model(dtype=self.dtype, rngs=nnx.Rngs(jax.random.fold_in(self.key, 0)))
@@ -228,7 +232,8 @@ class Learner:
         else:  # one device's part of the batch
             mine = state._replace(params=jax.lax.pcast(state.params, self.axis, to="varying"))
             (loss, stats), grads = self._grads(mine, x, y)
-            grads = dstee.pmean(grads, state.opt_state, self.axis)
+            dense = mask_step or None if self.dense_between else mask_step
+            grads = dstee.pmean(grads, state.opt_state, self.axis, dense=dense)
             loss, stats = jax.lax.pmean((loss, stats), self.axis)
         params, opt_state = dstee.apply(
             self.tx, grads, state.opt_state, state.params, mask_step=mask_step
