@@ -436,3 +436,53 @@ def test_pmean_refuses():
     spread = jax.shard_map(summed, mesh=MESH, in_specs=(P(), P(), P("data")), out_specs=P())
     with pytest.raises(ValueError, match=r"pcast\(params, 'data', to='varying'\)"):
         jax.jit(spread).lower(PARAMS, tx.init(PARAMS), X)
+
+
+def test_rectangles_split_over_devices():
+    """FSDP in tiles: the state lies as the rectangles do; masks equal, parameters to rounding."""
+    whole = {"kernel": jax.random.normal(jax.random.key(1), (128, 256)) / 11}
+    x = jax.random.normal(jax.random.key(2), (16, 128))
+    tx = make(
+        optax.adam(0.01),
+        structure=dstee.structures.tiles((16, 32)),
+        packed=True,
+        selection="sharded",
+        sparsity=0.75,
+        every=2,
+    )
+    state = jax.eval_shape(tx.init, whole)
+    shapes = jax.eval_shape(lambda p, s: dstee.to_tiles(p, dstee.tiles(s, p)), whole, state)
+    split = {"kernel": NamedSharding(MESH, P(None, "data", None))}
+    rectangles = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split
+    )
+    places = dstee.state_shardings(state, rectangles)
+    moment = places.inner_state[0].mu["kernel"]
+    assert moment.spec == split["kernel"].spec
+
+    def step(params, state, x, dense):
+        tiles = dstee.tiles(state, whole)
+        if dense:
+            params, tiles = dstee.to_dense(params, tiles), dstee.no_tiles(tiles)
+        grads = jax.grad(
+            lambda p: jnp.mean(jnp.tanh(dstee.matmul(x, p["kernel"], tiles["kernel"])) ** 2)
+        )(params)
+        params, state = dstee.apply(tx, grads, state, params, mask_step=dense)
+        return dstee.to_tiles(params, dstee.tiles(state, whole)) if dense else params, state
+
+    def trained(place, **options):
+        program = jax.jit(step, static_argnums=3, **options)
+        state = tx.init(whole)
+        params = dstee.to_tiles(dstee.apply_masks(whole, state), dstee.tiles(state, whole))
+        params, state = place((params, state))
+        for i in range(1, 5):
+            params, state = program(params, state, x, i in dstee.dense_steps_of(tx))
+        return dstee.to_dense(params, dstee.tiles(state, whole)), state
+
+    expected, expected_state = trained(lambda held: held)
+    new, state = trained(
+        lambda held: jax.device_put(held, (split, places)), out_shardings=(split, places)
+    )
+    assert state.inner_state[0].mu["kernel"].sharding.spec == split["kernel"].spec
+    equal(state.masks, expected_state.masks)
+    close(new, expected)
