@@ -41,7 +41,7 @@ def drop_and_grow(
       k_grow: how many to grow; default as many as were dropped.
       regrow: whether entries dropped in this call may come back in it.
       selection: `'auto'`, `'top_k'`, `'bisection'` or `'sharded'`: same result, different cost.
-        `'auto'` takes `top_k` for `k_max` up to 256 in arrays of up to 65,536 entries that are
+        `'auto'` takes `top_k` for `k_max` up to 256 in arrays of up to 4,096 entries that are
         not split over Explicit mesh axes, and the bisection elsewhere. `'sharded'` is the
         bisection for arrays that are split over Auto mesh axes, whose types do not say so.
 

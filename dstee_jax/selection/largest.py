@@ -19,8 +19,9 @@ from dstee_jax.selection.parts import is_sharded
 Selection = Literal["auto", "top_k", "bisection", "sharded"]
 SELECTIONS = get_args(Selection)
 
-# Measured on 2 CPU cores (benchmarks/mask_update.py): up to here `top_k` beats the bisection.
-_TOP_K_MAX_SIZE = 65_536
+# Measured on 2 CPU cores: up to here `top_k` is as fast as the bisection. Beyond it is not, and on
+# a TPU it is a sort: 256 x 256 entries take 15 times as long to compile.
+_TOP_K_MAX_SIZE = 4_096
 _TOP_K_MAX_K = 256
 
 
