@@ -1,5 +1,6 @@
 """Kernels in tiles: masks of tiles, their two forms, products, and training with them."""
 
+import dataclasses
 import functools
 import re
 
@@ -466,6 +467,27 @@ def test_the_best_candidates_grow():
     assert state.indices["kernel"].tolist() == [[1, 6]]
     assert state.counters["kernel"].ravel().tolist() == [1, 2, 0, 0, 0, 0, 1, 0]
     assert new["kernel"].tolist() == [[[0] * 4, [5, 6, 7, 8], [0] * 4, [0] * 4]]
+
+
+@pytest.mark.parametrize("window", [(), (3,)])
+def test_products_beside_candidates(window):
+    """Those of the active tiles, bit for bit; the kernel has the gradients of all tiles."""
+    narrow, wide = (random_tiles((*window, 16, 12), (2, 4), n) for n in (3, 8))
+    wide = dataclasses.replace(wide, active=narrow.index)  # of all rows: places are rows
+    rectangle = normal(1, narrow.rectangle_shape)
+    x = normal(2, (2, 7, 16) if window else (512, 16))
+    product = dstee.conv if window else dstee.matmul
+
+    def run(x, kernel, tiles):
+        y, gradients = jax.vjp(lambda x, kernel: product(x, kernel, tiles), x, kernel)
+        return y, *gradients(jnp.sin(y))
+
+    zero_beside = wide.moved_from(narrow)(rectangle, wide.zeros(jnp.float32))
+    *found, of_kernel = run(x, zero_beside, wide)
+    *expected, of_active = run(x, rectangle, narrow)
+    equal(found, expected)
+    close(narrow.take(wide.dense(of_kernel)), of_active)
+    close(wide.dense(of_kernel), run(x, narrow.dense(rectangle), None)[-1])
 
 
 def test_no_dense_array_is_made_of_candidates():

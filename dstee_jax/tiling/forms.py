@@ -19,8 +19,8 @@ def tiles(opt_state: PyTree, params: PyTree, *, candidates: float = 0.0) -> PyTr
 
     With `candidates`, some inactive tiles beside them, drawn at random from the state's key and
     step count: for a mask step that makes no dense gradient. In rectangles of these tiles
-    (`dstee.to_tiles`) candidates are zero, autodiff gives their gradients too, and
-    `dstee.apply(..., tiles=)` grows among them alone.
+    (`dstee.to_tiles`) candidates are zero, products leave them out and autodiff gives their
+    gradients all the same, and `dstee.apply(..., tiles=)` grows among them alone.
 
     Args:
       opt_state: an optax state with one or more `SparseState`s in it; traced or not.
@@ -67,9 +67,10 @@ def tiles(opt_state: PyTree, params: PyTree, *, candidates: float = 0.0) -> PyTr
         )
         for i, (mask, index) in enumerate(rows):
             if not is_dense(index):
+                at = _tiles(names[i], index, mask.shape, jnp.shape(leaves[i]))
                 if candidates:
-                    index = with_candidates(index, mask, candidates, _key(state, i))
-                found[i] = _tiles(names[i], index, mask.shape, jnp.shape(leaves[i]))
+                    at = with_candidates(at, mask, candidates, _key(state, i))
+                found[i] = at
     return jax.tree.unflatten(treedef, found)
 
 

@@ -19,22 +19,26 @@ Shape = tuple[int, ...]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["tile", "shape"]
+    jax.tree_util.register_dataclass, data_fields=["index", "active"], meta_fields=["tile", "shape"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """Which tiles of a kernel are active; a pytree with one array.
+    """Which tiles of a kernel are active; a pytree with one array, or two with candidates.
 
     Attributes:
       index: int32, shape (..., columns, active): in each column of tiles the rows of the active
         ones, sorted; leading axes stack layers.
       tile: inputs and outputs of a tile.
       shape: of the kernel of one layer, as (inputs, outputs) or (height, width, inputs, outputs).
+      active: if candidates are among the tiles, int32, shape (..., columns, active): which of
+        `index` are not; None if all are active. Products take candidates to be zero, and give
+        their gradients.
     """
 
     index: jax.Array
     tile: tuple[int, int]
     shape: Shape
+    active: jax.Array | None = None
 
     @property
     def rows(self) -> int:
@@ -70,7 +74,8 @@ class Tiles:
 
     def renewed(self, mask: jax.Array) -> "Tiles":
         """As many tiles of another mask, of shape (..., rows, columns)."""
-        return dataclasses.replace(self, index=index_of(mask, self.index.shape))
+        index = index_of(mask, self.index.shape)
+        return dataclasses.replace(self, index=index, active=None)
 
     def stays(self, mask: jax.Array) -> jax.Array:
         """Where a mask of tiles is True, as a rectangle; bool."""
@@ -187,22 +192,22 @@ def may_be_rectangle(shape: Shape, index: jax.Array, mask: jax.Array) -> bool:
     return not may_be_dense or shape[-2] % max(index.shape[-1], 1) == 0
 
 
-def with_candidates(index: jax.Array, mask: jax.Array, share: float, key: jax.Array) -> jax.Array:
-    """Rows of active tiles and, in each column, of some inactive ones drawn at random; sorted.
+def with_candidates(tiles: Tiles, mask: jax.Array, share: float, key: jax.Array) -> Tiles:
+    """Active tiles and, in each column, some inactive ones drawn at random.
 
     Args:
-      index: of the active tiles, (..., columns, active).
+      tiles: the active ones.
       mask: of tiles, as the state keeps it.
       share: inactive ones for each active one, rounded up; at most all.
       key: PRNG key.
     """
-    active = _by_column(mask, index.shape)
-    *_, rows = active.shape
-    n = index.shape[-1]
+    active = _by_column(mask, tiles.index.shape)
+    n, rows = tiles.index.shape[-1], tiles.rows
     wanted = n + math.ceil(round(min(share * n, rows - n), 6))
     draw = jax.random.bits(key, active.shape, jnp.uint32) | jnp.uint32(1)
     order = jnp.argsort(jnp.where(active, jnp.uint32(0), draw), axis=-1)  # active ones first
-    return jnp.sort(order[..., :wanted].astype(jnp.int32), axis=-1)
+    index = jnp.sort(order[..., :wanted].astype(jnp.int32), axis=-1)
+    return dataclasses.replace(tiles, index=index, active=_places(index, tiles.index)[0])
 
 
 def _rows(shape: Shape) -> jax.Array:
