@@ -4,7 +4,8 @@
     python -m benchmarks.tiles mlp layers      # some of it
 
 Medians of pairs in turn, in one run, on a machine that does nothing else. Above 1: tiles are
-faster. `mlp` is a whole training step of a 4 x 1024 MLP with adamw, all donated; `lm` one of
+faster. `mlp` is a whole training step of a 4 x 1024 MLP with adamw, all donated; `candidates` its
+mask step, dense and by candidates, over an ordinary step: below 1 is faster; `lm` one of
 `experiments.lm` at width 512; `layers` forward and gradients of one layer; `convolutions` those
 of ResNet-50's shapes. Of a trained network: `python -m benchmarks.inference`.
 """
@@ -193,21 +194,88 @@ def training(name, loss, params, batch, inner, sparsity, tile, **options):
 def mlp() -> None:
     """A whole training step of a 4 x 1024 MLP."""
 
-    def loss(params, tiles, x, y):
-        axis = -1 if tiles["0"]["kernel"] is None else 0  # each form with its best layout
-        x, y = (x, y) if axis else (x.T, y.T)
-        for name in ("0", "1", "2", "3"):
-            active = tiles[name]["kernel"]
-            x = jax.nn.relu(dstee.matmul(x, params[name]["kernel"], active, axis=axis))
-        return jnp.mean(jnp.square(x - y))
-
     print("whole training step, adamw")
     params = {str(i): {"kernel": normal(i, (1024, 1024)) / 32} for i in range(4)}
     for batch in (256, 2048):
         data = normal(5, (batch, 1024)), normal(6, (batch, 1024))
         for sparsity, tile in ((0.9, (32, 32)), (0.94, (32, 32)), (0.95, (16, 16)), (0.9, (1, 32))):
             name = f"MLP 4 x 1024, batch {batch}"
-            training(name, loss, params, data, optax.adamw(1e-3), sparsity, tile)
+            training(name, mlp_loss, params, data, optax.adamw(1e-3), sparsity, tile)
+
+
+def mlp_loss(params, tiles, x, y):
+    """Of a 4 x 1024 MLP, each form with its best layout."""
+    axis = -1 if tiles["0"]["kernel"] is None else 0
+    x, y = (x, y) if axis else (x.T, y.T)
+    for name in ("0", "1", "2", "3"):
+        active = tiles[name]["kernel"]
+        x = jax.nn.relu(dstee.matmul(x, params[name]["kernel"], active, axis=axis))
+    return jnp.mean(jnp.square(x - y))
+
+
+class MaskStep:
+    """One step of an MLP in tiles, again and again on the same state, of which it gives a copy.
+
+    Args:
+      share: of candidates; None for a dense mask step, 0 for an ordinary step.
+    """
+
+    def __init__(self, params, batch, tx, share):
+        shapes = jax.eval_shape(lambda: params)
+        state = jax.jit(tx.init)(params)._replace(count=jnp.int32(EVERY - 1))
+        self.given = dstee.to_tiles(params, dstee.tiles(state, shapes)), state
+        self.batch, self.held = batch, None
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step(held, batch):
+            params, state = held
+            now = tiles = dstee.tiles(state, shapes)
+            options = {"mask_step": False}
+            if share is None:
+                params, tiles = dstee.to_dense(params, now), dstee.no_tiles(now)
+                options = {}
+            elif share:
+                tiles = dstee.tiles(state, shapes, candidates=share)
+                params, options = dstee.to_tiles(params, tiles, of=now), {"tiles": tiles}
+            grads = jax.grad(mlp_loss)(params, tiles, *batch)
+            params, state = dstee.apply(tx, grads, state, params, **options)
+            if share != 0:
+                of = tiles if share else None
+                params = dstee.to_tiles(params, dstee.tiles(state, shapes), of=of)
+            return params, state
+
+        self.program = step.lower(self.given, batch).compile()
+
+    def prepare(self):
+        """Not timed."""
+        self.held = jax.block_until_ready(jax.tree.map(jnp.copy, self.given))
+
+    def __call__(self):
+        return self.program(self.held, self.batch)
+
+    @property
+    def mib(self):
+        """Of temporary memory."""
+        return self.program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def candidates(batches=(256, 2048), sparsities=(0.9, 0.95)) -> None:
+    """A mask step of a 4 x 1024 MLP: dense, and by candidates; of an ordinary step's time."""
+    print("mask step of the MLP, time of an ordinary step's, adamw; temporary memory")
+    params = {str(i): {"kernel": normal(i, (1024, 1024)) / 32} for i in range(4)}
+    for batch in batches:
+        data = normal(5, (batch, 1024)), normal(6, (batch, 1024))
+        for sparsity in sparsities:
+            tile = (32, 32) if sparsity < 0.95 else (16, 16)
+            tx = in_tiles(optax.adamw(1e-3), sparsity, tile)
+            shares = {"ordinary": 0, "dense": None, "0.5": 0.5, "1.0": 1.0, "2.0": 2.0}
+            steps = {name: MaskStep(params, data, tx, share) for name, share in shares.items()}
+            t = medians(steps, repeats=15 if batch < 1024 else 7)
+            print(f"  batch {batch}, {sparsity:.0%}, tiles of {tile[0]} x {tile[1]}:")
+            for name, step in steps.items():
+                what = name if name in ("ordinary", "dense") else f"{name} candidates"
+                times = f"{t[name]:7.2f} ms, {t[name] / t['ordinary']:5.2f}"
+                print(f"    {what:>14}: {times}, {step.mib:6.1f} MiB", flush=True)
 
 
 class LanguageModel:
@@ -256,7 +324,7 @@ def lm() -> None:
         print(f"  tiles of 32 x 32, {1 - tiled.density:.1%} of the blocks' kernels: {found}")
 
 
-PARTS = {f.__name__: f for f in (mlp, lm, layers, convolutions)}
+PARTS = {f.__name__: f for f in (mlp, candidates, lm, layers, convolutions)}
 
 
 def main() -> None:

@@ -12,9 +12,7 @@ from dstee_jax.state import get_states
 from dstee_jax.tiling.forms import is_tiles, tiles, to_dense, to_tiles
 from dstee_jax.tiling.products import along, matmul
 from dstee_jax.tiling.tiles import Tiles
-from dstee_jax.trees import PyTree, path_name, unwrap
-
-_to_tiles, _to_dense = jax.jit(to_tiles), jax.jit(to_dense)
+from dstee_jax.trees import PyTree, is_dense, leaves_with_path, path_name, unwrap
 
 
 class TileIndex(nnx.Variable[Tiles | None]):
@@ -45,7 +43,7 @@ class Linear(nnx.Linear):
       >>> tx = dstee.transform(optax.adam(1e-2), structure=dstee.structures.tiles((16, 16)),
       ...                      packed=True, sparsity=0.5, total_steps=1000, key=jax.random.key(0))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-      >>> set_tiles(model, optimizer.opt_state)
+      >>> _ = set_tiles(model, optimizer.opt_state)
       >>> grads = nnx.grad(lambda model, x: model(x).sum())(model, jnp.ones((8, 64)))
       >>> _ = optimizer.update(model, grads, mask_step=False)
       >>> model.kernel.shape
@@ -70,33 +68,48 @@ class Linear(nnx.Linear):
         return y if bias is None else y + along(bias, y, axis)
 
 
-def set_tiles(model: nnx.Module, opt_state_or_tiles: PyTree) -> None:
+def set_tiles(model: nnx.Module, opt_state_or_tiles: PyTree, *, candidates: float = 0.0) -> PyTree:
     """Put the kernels of all `Linear` layers into rectangles, in place.
 
-    At the start, and after each dense step. What is inactive is left out. Other layers, and those
-    of `Linear` that are not sparse, stay as they are.
+    At the start, and after each mask step. What is inactive is left out. Other layers, and those
+    of `Linear` that are not sparse, stay as they are. With `candidates`, before a mask step that
+    makes no dense gradient: `optimizer.update(model, grads, tiles=...)` of what it returns.
 
     Args:
       model: a module with `Linear` layers in it, their kernels in either form.
       opt_state_or_tiles: the state of an optimizer of `nnx.state(model, nnx.Param)`, as
         `nnx.Optimizer(...).opt_state`; or what `dstee.tiles` found in it.
+      candidates: of `dstee.tiles`, which it is for where tiles are given.
+
+    Returns:
+      The tiles of the kernels, the structure of `nnx.state(model, nnx.Param)`; None for leaves
+      that are no rectangles.
 
     Raises:
       ValueError: no layer's kernel is tiled, or the state is of another model.
     """
-    set_dense(model)
+    layers = _layers(model)
+    now = {name: layer.tiles.get_value() for name, layer in layers.items()}
+    leaves, treedef = jax.tree.flatten(params := nnx.state(model, nnx.Param))
+    names = [path_name(path) for path, leaf in leaves_with_path(params) if not is_dense(leaf)]
     found = opt_state_or_tiles
     if get_states(found):
-        found = tiles(found, nnx.state(model, nnx.Param))
+        shapes = [_dense_shape(x, now.get(name)) for name, x in zip(names, leaves, strict=True)]
+        found = tiles(found, jax.tree.unflatten(treedef, shapes), candidates=candidates)
     nodes = jax.tree_util.tree_leaves_with_path(unwrap(found), is_leaf=is_tiles)
     active = {path_name(path): node for path, node in nodes if isinstance(node, Tiles)}
-    layers = {name: layer for name, layer in _layers(model).items() if name in active}
-    if not layers:
+    if not active.keys() & layers.keys():
         raise ValueError(
-            f"no Linear layer of {sorted(_layers(model))} is among the tiled {sorted(active)}: "
+            f"no Linear layer of {sorted(layers)} is among the tiled {sorted(active)}: "
             "make the layers with dstee_jax.tiled_nnx.Linear, and sparse with where=."
         )
-    _set(_to_tiles, layers, {name: active[name] for name in layers}, in_tiles=True)
+    wanted = {name: active.get(name) for name in layers}
+    _set(layers, wanted)
+    return jax.tree.unflatten(treedef, [wanted.get(name) for name in names])
+
+
+def _dense_shape(x: jax.Array, at: Tiles | None) -> Any:
+    return x if at is None else jax.ShapeDtypeStruct(at.kernel_shape, x.dtype)
 
 
 def set_dense(model: nnx.Module) -> None:
@@ -104,8 +117,8 @@ def set_dense(model: nnx.Module) -> None:
 
     Exact: `set_tiles` brings the same rectangles back. Those that are dense stay so.
     """
-    layers = {k: v for k, v in _layers(model).items() if v.tiles.get_value() is not None}
-    _set(_to_dense, layers, {k: v.tiles.get_value() for k, v in layers.items()}, in_tiles=False)
+    layers = _layers(model)
+    _set(layers, dict.fromkeys(layers))
 
 
 def _layers(model: nnx.Module) -> dict[str, Linear]:
@@ -114,8 +127,23 @@ def _layers(model: nnx.Module) -> dict[str, Linear]:
     return {"/".join((*map(str, path), "kernel")): x for path, x in found if isinstance(x, Linear)}
 
 
-def _set(how: Any, layers: dict[str, Linear], active: dict[str, Any], in_tiles: bool) -> None:
-    kernels = how({name: layer.kernel.get_value() for name, layer in layers.items()}, active)
-    for name, layer in layers.items():
-        layer.kernel.set_value(kernels[name])
-        layer.tiles.set_value(active[name] if in_tiles else None)
+def _set(layers: dict[str, Linear], wanted: dict[str, Tiles | None]) -> None:
+    now = {name: layer.tiles.get_value() for name, layer in layers.items()}
+    changed = [name for name in layers if (now[name] or wanted[name]) is not None]
+    kernels = {name: layers[name].kernel.get_value() for name in changed}
+    for name, kernel in _converted(kernels, now, wanted).items():
+        layers[name].kernel.set_value(kernel)
+        layers[name].tiles.set_value(wanted[name])
+
+
+@jax.jit
+def _converted(kernels: PyTree, now: PyTree, wanted: PyTree) -> PyTree:
+    """Kernels by name, from their tiles now to those wanted; None where dense."""
+
+    def one(name: str) -> PyTree:
+        kernel, at, to = ({name: tree[name]} for tree in (kernels, now, wanted))
+        if to[name] is None:
+            return to_dense(kernel, at)
+        return to_tiles(kernel, to, of=None if at[name] is None else at)
+
+    return {name: one(name)[name] for name in kernels}

@@ -277,9 +277,9 @@ def mask_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
 def dense_steps_of(tx: optax.GradientTransformation) -> Sequence[int]:
     """The steps of a `transform` that read gradients of inactive weights, in order, from 1.
 
-    On all others parameters and gradients may be rectangles of tiles (`dstee.to_tiles`). They
-    are the mask steps; with `grow_batches=n` the n - 1 steps before each too; with `memory=`
-    every step.
+    On all others parameters and gradients may be rectangles of tiles (`dstee.to_tiles`), on mask
+    steps rectangles with candidates (`dstee.tiles`). They are the mask steps; with
+    `grow_batches=n` the n - 1 steps before each too; with `memory=` every step.
 
     Args:
       tx: as for `mask_steps_of`.

@@ -125,7 +125,7 @@ def test_blocks_of_the_jaxpruner_page_run(capsys):
 
 def test_blocks_of_the_speed_page_run(capsys):
     page = README.parent / "docs" / "speed.md"
-    pays, training, comparison, inference = blocks_of(page)
+    pays, training, comparison, candidates, inference = blocks_of(page)
     small = {
         "(256, 1024)": "(8, 64)",
         "(1024, 1024)": "(64, 64)",
@@ -135,7 +135,7 @@ def test_blocks_of_the_speed_page_run(capsys):
     }
     assert all(as_printed in pays + training for as_printed in small)
     namespace = {}
-    for block in (pays, training, comparison, inference):
+    for block in (pays, training, comparison, candidates, inference):
         for as_printed, here in small.items():
             block = block.replace(as_printed, here)
         exec(compile(block, str(page), "exec"), namespace)
@@ -143,7 +143,7 @@ def test_blocks_of_the_speed_page_run(capsys):
     assert "speedup=" in printed
     assert "times as fast, mask steps included" in printed
     losses = re.findall(r"(\w+)_step: loss ([\d.]+) to ([\d.]+), [\d.]+ ms a step", printed)
-    assert [name for name, _, _ in losses] == ["tiled", "dense"]
+    assert [name for name, _, _ in losses] == ["tiled", "dense", "candidates"]
     assert all(float(last) < 0.8 * float(first) for _, first, last in losses)
     state = namespace["opt_state"]
     assert float(dstee.density(state)) == 0.25

@@ -177,6 +177,35 @@ def test_steps(name):
 
 
 @pytest.mark.parametrize("kind", STRICT)
+@pytest.mark.parametrize("name", ["tiles, packed", "tiles, packed, stacked"])
+def test_candidates(name, kind):
+    with STRICT[kind]():
+        shapes = jax.eval_shape(lambda: params_of(kind))
+        options = {"structure": structures.tiles((4, 2)), "packed": True}
+        options |= {"stack_axes": stacked} if "stacked" in name else {}
+        tx = make(dstee.transform, options, kind)
+        state = jax.eval_shape(tx.init, shapes)
+
+        def step(state, params):
+            now = dstee.tiles(state, shapes)
+            tiles = dstee.tiles(state, shapes, candidates=0.5)
+            params = dstee.to_tiles(dstee.to_tiles(params, now), tiles, of=now)
+            updates, _ = tx.update(params, state, params, tiles=tiles)
+            params = optax.apply_updates(params, updates)
+            params, state = dstee.apply(tx, params, state, params, tiles=tiles)
+            return dstee.to_tiles(params, dstee.tiles(state, shapes), of=tiles), state, now
+
+        new, after, now = jax.eval_shape(step, state, shapes)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), state
+        )
+        expected = jax.eval_shape(dstee.to_tiles, shapes, now)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), expected
+        )
+
+
+@pytest.mark.parametrize("kind", STRICT)
 def test_what_is_around_a_step(kind):
     with STRICT[kind]():
         params = params_of(kind)

@@ -157,6 +157,35 @@ def test_nnx_forms_go_through_split_jit_and_back(both):
     jax.tree.map(np.testing.assert_array_equal, unwrap(before), unwrap(nnx.state(model, nnx.Param)))
 
 
+def test_nnx_trains_with_candidates_without_dense_kernels(both):
+    """With all tiles as candidates as dense; from rectangles to rectangles."""
+    (dense, dense_optimizer), (model, optimizer) = both
+    set_tiles(model, optimizer.opt_state)
+
+    @nnx.jit(static_argnames="candidates")
+    def step(model, optimizer, x, y, candidates):
+        tiles = set_tiles(model, optimizer.opt_state, candidates=candidates)
+        loss, grads = nnx.value_and_grad(loss_of)(model, x, y)
+        options = {"tiles": tiles} if candidates else {"mask_step": False}
+        optimizer.update(model, grads, **options)
+        set_tiles(model, optimizer.opt_state)
+        return loss
+
+    for i in range(1, 4):  # the second is a mask step
+        due = i in dstee.dense_steps_of(optimizer.tx)
+        losses = [
+            nnx_step(dense, dense_optimizer, X, Y, mask_step=due),
+            step(model, optimizer, X, Y, candidates=np.inf if due else 0.0),
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+        assert model.up.kernel.shape == (8, 8, 4)
+    assert_same_masks(dense_optimizer.opt_state, optimizer.opt_state)
+    tiles = set_tiles(model, optimizer.opt_state, candidates=0.5)
+    assert model.up.kernel.shape == unwrap(tiles)["up"]["kernel"].rectangle_shape == (8, 12, 4)
+    set_dense(model)
+    assert_close(nnx.state(dense, nnx.Param), nnx.state(model, nnx.Param))
+
+
 def test_nnx_linear_is_that_of_flax():
     ours, theirs = Linear(16, 8, rngs=nnx.Rngs(3)), nnx.Linear(16, 8, rngs=nnx.Rngs(3))
     np.testing.assert_allclose(ours(X), theirs(X), rtol=1e-6)

@@ -1,6 +1,8 @@
 """Kernels in tiles: masks of tiles, their two forms, products, and training with them."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -341,6 +343,199 @@ def test_given_masks_and_carry_over():
     assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, optax.adamw(1e-2).init(params))
 
 
+# --- candidates
+
+
+def few():
+    """A convolution and stacked layers."""
+    return {name: parameters()[name] for name in ("conv", "blocks")}
+
+
+def train_with_candidates(tx, params, steps, candidates):
+    """Rectangles always: on mask steps with some inactive tiles among the active ones."""
+    shapes, mask_steps = jax.eval_shape(lambda: params), set(dstee.mask_steps_of(tx))
+    state = tx.init(params)
+    params = dstee.to_tiles(params, dstee.tiles(state, params))
+    seen = []
+
+    @functools.partial(jax.jit, static_argnames="due")
+    def step(params, state, i, due):
+        now = tiles = dstee.tiles(state, shapes)
+        grads = gradients(dstee.to_dense(params, now), i)
+        if due:
+            tiles = dstee.tiles(state, shapes, candidates=candidates)
+            params = dstee.to_tiles(params, tiles, of=now)
+        options = {"tiles": tiles} if due else {"mask_step": False}
+        grads = dstee.to_tiles(grads, tiles)
+        params, new = dstee.apply(tx, grads, state, params, **options)
+        return dstee.to_tiles(params, dstee.tiles(new, shapes), of=tiles), new, tiles
+
+    for i in range(1, steps + 1):
+        before = state.masks
+        params, state, tiles = step(params, state, i, i in mask_steps)
+        if i in mask_steps:
+            seen.append((before, state.masks, tiles))
+    return dstee.to_dense(params, dstee.tiles(state, shapes)), state, seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "update_weights": True,
+            "grow": scores.random(),
+            "structure": structures.tiles((1, 4), score=jnp.max),
+            "distribution": dstee.uniform,
+        },
+    ],
+)
+def test_with_all_tiles_as_candidates_a_mask_step_is_the_dense_one(options):
+    """Bit for bit: parameters, masks, counters and moments, from moments that are not zero."""
+    tx, shapes = make(packed=True, **options), jax.eval_shape(few)
+
+    @jax.jit
+    def first():
+        params = few()
+        state = tx.init(params)._replace(count=jnp.int32(2))
+        tiles = dstee.tiles(state, params)
+        grads = dstee.to_tiles(gradients(params, 1), tiles)
+        params = dstee.to_tiles(params, tiles)
+        params, state = dstee.apply(tx, grads, state, params, mask_step=False)
+        return params, state, gradients(few(), 2)
+
+    @jax.jit
+    def dense(params, state, grads):
+        return dstee.apply(tx, grads, state, dstee.to_dense(params, dstee.tiles(state, shapes)))
+
+    @jax.jit
+    def among(params, state, grads):
+        tiles = dstee.tiles(state, shapes, candidates=np.inf)
+        params = dstee.to_tiles(params, tiles, of=dstee.tiles(state, shapes))
+        grads = dstee.to_tiles(grads, tiles)
+        params, state = dstee.apply(tx, grads, state, params, tiles=tiles)
+        return dstee.to_dense(params, tiles), state
+
+    before = first()
+    (expected, after), found = dense(*before), among(*before)
+    equal(found, (expected, after))
+    for name in few() if options else ("blocks",):  # a column of the convolution has one tile of 4
+        assert (after.masks[name]["kernel"] != before[1].masks[name]["kernel"]).any()
+
+
+def tiled_rows(mask, like):
+    """A mask of tiles as (..., columns, rows)."""
+    return np.swapaxes(np.reshape(mask, (*like[:-2], -1, like[-2])), -1, -2)
+
+
+@pytest.mark.parametrize("grow", [scores.acquisition(), scores.random()])
+def test_only_candidates_grow(grow):
+    tx = make(packed=True, grow=grow, structure=structures.tiles((1, 4)), sparsity=0.75)
+    params, state, seen = train_with_candidates(tx, few(), 12, 0.5)
+    equal(dstee.apply_masks(params, state), params)
+    grown, draws = 0, set()
+    for before, after, tiles in seen:
+        for name in few():
+            at = tiles[name]["kernel"]
+            index = np.asarray(at.index)
+            old, new = (tiled_rows(m[name]["kernel"], index.shape) for m in (before, after))
+            among = np.zeros_like(old)
+            np.put_along_axis(among, index, True, axis=-1)
+            active = old.sum(-1)
+            assert (old & ~among).sum() == (new & ~among).sum() == 0
+            assert (among.sum(-1) == np.minimum(np.ceil(1.5 * active), at.rows)).all()
+            assert (new.sum(-1) == active).all()
+            grown += (new & ~old).sum()
+        draws.add(np.asarray(tiles["blocks"]["kernel"].index).tobytes())
+    assert grown > 0
+    assert len(draws) == len(seen)  # each round has others
+
+
+def test_the_best_candidates_grow():
+    """A kernel of 8 x 1 tiles: gradients of candidates alone count, and grown weights are zero."""
+    params = {"kernel": jnp.arange(1.0, 33).reshape(8, 4)}
+    options = dict(structure=structures.tiles((1, 4)), every=1, update_weights=True)
+    options |= dict(drop_fraction=0.5, grow=scores.gradient(), stack_axes=None)
+    masks = {"kernel": np.repeat(np.arange(8) < 2, 4).reshape(8, 4)}
+    tx = make(optax.sgd(1.0), packed=True, sparsity=None, masks=masks, **options)
+    state = tx.init(params)
+    tiles = {"kernel": dstee.Tiles(jnp.array([[0, 1, 4, 6]], jnp.int32), (1, 4), (8, 4))}
+    grads = {"kernel": jnp.repeat(jnp.array([0.0, 0, 5, 9, 1, 8, 2, 7]), 4).reshape(8, 4)}
+    wide = dstee.to_tiles(dstee.apply_masks(params, state), tiles)
+    new, state = dstee.apply(tx, dstee.to_tiles(grads, tiles), state, wide, tiles=tiles)
+    assert state.masks["kernel"].ravel().tolist() == [False, True, *[False] * 4, True, False]
+    assert state.indices["kernel"].tolist() == [[1, 6]]
+    assert state.counters["kernel"].ravel().tolist() == [1, 2, 0, 0, 0, 0, 1, 0]
+    assert new["kernel"].tolist() == [[[0] * 4, [5, 6, 7, 8], [0] * 4, [0] * 4]]
+
+
+@pytest.mark.parametrize("window", [(), (3,)])
+def test_products_beside_candidates(window):
+    """Those of the active tiles, bit for bit; the kernel has the gradients of all tiles."""
+    narrow, wide = (random_tiles((*window, 16, 12), (2, 4), n) for n in (3, 8))
+    wide = dataclasses.replace(wide, active=narrow.index)  # of all rows: places are rows
+    rectangle = normal(1, narrow.rectangle_shape)
+    x = normal(2, (2, 7, 16) if window else (512, 16))
+    product = dstee.conv if window else dstee.matmul
+
+    def run(x, kernel, tiles):
+        y, gradients = jax.vjp(lambda x, kernel: product(x, kernel, tiles), x, kernel)
+        return y, *gradients(jnp.sin(y))
+
+    zero_beside = wide.moved_from(narrow)(rectangle, wide.zeros(jnp.float32))
+    *found, of_kernel = run(x, zero_beside, wide)
+    *expected, of_active = run(x, rectangle, narrow)
+    equal(found, expected)
+    close(narrow.take(wide.dense(of_kernel)), of_active)
+    close(wide.dense(of_kernel), run(x, narrow.dense(rectangle), None)[-1])
+
+
+def test_no_dense_array_is_made_of_candidates():
+    """Nothing as large as the kernel, from the loss to the new parameters."""
+    shapes = {"kernel": jax.ShapeDtypeStruct((64, 96), jnp.float32)}
+    tx = make(packed=True, sparsity=0.75, stack_axes=None)
+    state = jax.eval_shape(tx.init, shapes)
+
+    def step(params, state, x):
+        now = dstee.tiles(state, shapes)
+        tiles = dstee.tiles(state, shapes, candidates=1.0)
+        params = dstee.to_tiles(params, tiles, of=now)
+        loss = lambda p: jnp.sum(dstee.matmul(x, p["kernel"], tiles["kernel"]) ** 2)  # noqa: E731
+        params, state = dstee.apply(tx, jax.grad(loss)(params), state, params, tiles=tiles)
+        return dstee.to_tiles(params, dstee.tiles(state, shapes), of=tiles), state
+
+    params = jax.eval_shape(lambda p, s: dstee.to_tiles(p, dstee.tiles(s, shapes)), shapes, state)
+    assert params["kernel"].shape == (24, 16, 4)
+    text = jax.jit(step).lower(params, state, jax.ShapeDtypeStruct((4, 64), jnp.float32)).as_text()
+    sizes = [np.prod([*map(int, n)]) for n in map(split, re.findall(r"tensor<([\dx]+)x\w+>", text))]
+    assert max(sizes) == 64 * 96 / 2
+
+
+def split(sizes):
+    return sizes.split("x")
+
+
+def test_updates_and_pmean_of_rectangles_with_candidates():
+    tx, params = OF.tx, OF.wide
+    state = OF.state._replace(count=jnp.int32(3))  # a mask step follows
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def mean(grads, state):
+        grads = jax.tree.map(lambda g: g * (1.0 + jax.lax.axis_index("data")), grads)
+        return dstee.pmean(grads, state, "data")
+
+    @jax.jit
+    def both(grads, params, state):
+        updates, after = tx.update(grads, state, params, tiles=OF.more)
+        new = dstee.apply(tx, grads, state, params, tiles=OF.more)
+        return (optax.apply_updates(params, updates), after), new
+
+    found, expected = both(params, params, state)
+    equal(found, expected)
+    run = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=(P(), P()), out_specs=P()))
+    close(run(params, state), jax.tree.map(lambda g: 1.5 * g, params))
+
+
 # --- errors
 
 
@@ -364,6 +559,14 @@ class Example:
         return dstee.to_tiles(parameters(), self.tiles)
 
     @functools.cached_property
+    def more(self):
+        return dstee.tiles(self.state, parameters(), candidates=0.5)
+
+    @functools.cached_property
+    def wide(self):
+        return dstee.to_tiles(parameters(), self.more)
+
+    @functools.cached_property
     def one(self):
         return random_tiles((8, 8), (4, 4), 1)
 
@@ -373,6 +576,15 @@ OF = Example()
 
 def step(tx, grads, params, state=None, **options):
     return dstee.apply(tx, grads, OF.state if state is None else state, params, **options)
+
+
+def parameters_as(tiles):
+    return jax.tree.map(lambda _: tiles, parameters())
+
+
+def grows_by_several_batches(params, tiles):
+    tx = make(packed=True, grow_batches=2)
+    return dstee.apply(tx, params, tx.init(parameters()), params, tiles=tiles)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +635,43 @@ def step(tx, grads, params, state=None, **options):
         (
             lambda: step(OF.tx, *[{**parameters(), "conv": {"kernel": jnp.ones((5, 7))}}] * 2),
             r"conv/kernel has shape \(5, 7\), where its tiles of \(4, 4\) need",
+        ),
+        (
+            lambda: dstee.tiles(OF.state, parameters(), candidates=-1),
+            "candidates=-1 must be 0 or more",
+        ),
+        (
+            lambda: dstee.to_tiles(parameters(), OF.more, of=OF.tiles),
+            r"has shape \(2, 16, 16\), where its tiles .* the rectangle \(2, 4, 8, 4\)",
+        ),
+        (
+            lambda: dstee.to_tiles(OF.short, parameters_as(OF.one), of=OF.tiles),
+            r"in tiles of \(4, 4\) of a kernel of shape .*, and asked for in .* of \(8, 8\)",
+        ),
+        (
+            lambda: step(OF.tx, OF.short, OF.short, tiles=OF.more),
+            r"has shape \(2, 4, 8, 4\), where its tiles .* the rectangle \(2, 4, 12, 4\)",
+        ),
+        (
+            lambda: step(OF.tx, OF.short, OF.wide, tiles=OF.more),
+            r"grads of .* has shape .*, the parameter",
+        ),
+        (
+            lambda: step(OF.tx, OF.short, OF.short, tiles=OF.tiles),
+            r"of shape \(2, 4, 8, 4\) has the 2 active tiles of each column and no candidates",
+        ),
+        (
+            lambda: step(make(), OF.wide, OF.wide, make().init(parameters()), tiles=OF.more),
+            "pass packed=True",
+        ),
+        (lambda: grows_by_several_batches(OF.wide, OF.more), "grow_batches=2 sums gradients"),
+        (
+            lambda: step(
+                *(OF.tx, {"kernel": jnp.ones((2, 4, 4))}, {"kernel": jnp.ones((2, 4, 4))}),
+                make(packed=True, sparsity=0.5).init({"kernel": jnp.ones((16, 8))}),
+                tiles={"kernel": OF.one},
+            ),
+            r"of tiles \(2, 1\), and opt_state has \(2, 2\)",
         ),
         (
             lambda: make(plan=dstee.plans.exchange(of_all=True)),

@@ -109,7 +109,7 @@ def pmean(
 
 def _place(grad: jax.Array, index: Any, mask: Any) -> Any:
     """Where the active entries of a gradient are; `MaskedNode` if all of it is to travel."""
-    whole = is_dense(index) or may_be_rectangle(grad.shape, index)
+    whole = is_dense(index) or may_be_rectangle(grad.shape, index, mask)
     return optax.MaskedNode() if whole else place(index, mask, grad.shape)
 
 

@@ -15,6 +15,7 @@ def apply(
     params: PyTree,
     *,
     mask_step: bool = True,
+    tiles: PyTree | None = None,
     **extra: Any,
 ) -> tuple[PyTree, PyTree]:
     """Update the parameters: `tx.update` and `optax.apply_updates` in one.
@@ -29,7 +30,10 @@ def apply(
     argument of its jitted step.
 
     With `structures.tiles` and `packed=True`, parameters and gradients of steps that are not in
-    `dstee.dense_steps_of(tx)` may be rectangles of their active tiles (`dstee.to_tiles`).
+    `dstee.dense_steps_of(tx)` may be rectangles of their active tiles (`dstee.to_tiles`), and on
+    mask steps rectangles that have candidates beside them, which `tiles=` says: then weights grow
+    among the candidates alone, and scores see the active tiles and candidates as if they were
+    all. The new parameters are in the same rectangles.
 
     Inactive parameters must be zero, as `apply_masks` and every step leave them; `tx.update`
     makes them zero whatever they were, `apply` does not look at them.
@@ -42,10 +46,15 @@ def apply(
       mask_step: False (a Python bool) promises that this is not a mask step; where the promise
         is broken, the round is left out. True leaves it to the schedule. `tx.update` takes it
         too.
+      tiles: of `dstee.tiles(..., candidates=)`, if `params` and `grads` are their rectangles: of
+        the state as it is before the step. `tx.update` takes it too.
       **extra: extra arguments of `tx.update`.
 
     Returns:
       `(params, opt_state)`, both new.
+
+    Raises:
+      ValueError: shapes do not fit, or an option reads what is not there; names them.
 
     Example:
       >>> import dstee_jax as dstee, jax, jax.numpy as jnp, optax
@@ -60,6 +69,8 @@ def apply(
     """
     if mask_step is not True:
         extra["mask_step"] = mask_step
+    if tiles is not None:
+        extra["tiles"] = tiles
     if not _ends_sparse(opt_state):
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,7 +92,7 @@ class Config:
 
     def full(self, params: PyTree, specs: list[LeafSpec | None]) -> list[bool]:
         """Whether a leaf's mask is all ones for ever: then it costs nothing, as a dense leaf."""
-        sizes = [jnp.size(leaf) for leaf in jax.tree.leaves(params)]
+        sizes = [math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
         return [
             self.rule.plan.exchanges and spec is not None and total(spec.target) == size
             for spec, size in zip(specs, sizes, strict=True)

@@ -57,17 +57,12 @@ def _text(shape: tuple[Any, ...]) -> str:
     return "(" + ", ".join("..." if n is ... else str(n) for n in shape) + ")"
 
 
-def _check_step(config: Config, what: str, mask_step: bool) -> None:
+def check_rectangle(config: Config, what: str) -> None:
+    """Raise a ValueError if an option does not go with parameters that are rectangles."""
     if not config.packed:
         raise ValueError(
             f"{what} is a rectangle of tiles, and the optimizer's moments are dense: pass "
             "packed=True to dstee.transform."
-        )
-    if mask_step and config.rounds.every:
-        raise ValueError(
-            f"{what} is a rectangle of tiles, and a mask step needs parameters and gradients "
-            "dense, of dstee.to_dense(params, tiles): make them so on dstee.dense_steps_of(tx), "
-            "and pass mask_step=False on the other steps."
         )
     for name in ("memory", "penalty"):
         if getattr(config, name) is not None:
@@ -75,3 +70,14 @@ def _check_step(config: Config, what: str, mask_step: bool) -> None:
                 f"{what} is a rectangle of tiles, and {name}= reads all weights on each step: "
                 "train with dense parameters, or without it."
             )
+
+
+def _check_step(config: Config, what: str, mask_step: bool) -> None:
+    check_rectangle(config, what)
+    if mask_step and config.rounds.every:
+        raise ValueError(
+            f"{what} is a rectangle of tiles, and a mask step needs parameters and gradients "
+            "dense, of dstee.to_dense(params, tiles), or in tiles with candidates, which tiles= "
+            "says: make them so on dstee.dense_steps_of(tx), and pass mask_step=False on the other "
+            "steps."
+        )

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from dstee_jax.engine import packed, whole
+from dstee_jax.engine.candidates import update_among
 from dstee_jax.engine.checks import warn_of_frozen
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.hold import never_updated
@@ -38,6 +39,7 @@ def update(
     *,
     mask_step: bool = True,
     as_params: bool = False,
+    tiles: PyTree | None = None,
     **extra: Any,
 ) -> tuple[PyTree, SparseState]:
     """The `update` of `transform`.
@@ -47,6 +49,7 @@ def update(
       updates, state, params: as optax has them.
       mask_step: False if this is no mask step; True leaves it to the schedule.
       as_params: return the new parameters, not their updates.
+      tiles: of which params are rectangles, if there are candidates among them.
       **extra: of the inner optimizer, and `grad`.
     """
     if params is None:
@@ -58,8 +61,30 @@ def update(
             f"mask_step={mask_step} must be True or False when the step is compiled: make it a "
             "static argument of jit."
         )
-    rectangular = rectangles(config, state, params, bool(mask_step))
-    inputs, plan_state = _inputs(config, updates, state, params, rectangular, as_params, extra)
+
+    def of_kernels(updates: PyTree, state: SparseState, params: PyTree, shapes: PyTree) -> Any:
+        trees = updates, state, params, shapes
+        return _update(config, *trees, bool(mask_step), as_params, extra)
+
+    if tiles is None:
+        return of_kernels(updates, state, params, params)
+    return update_among(of_kernels, config, updates, state, params, tiles)
+
+
+def _update(
+    config: Config,
+    updates: PyTree,
+    state: SparseState,
+    params: PyTree,
+    shapes: PyTree,
+    mask_step: bool,
+    as_params: bool,
+    extra: dict[str, Any],
+) -> tuple[PyTree, SparseState]:
+    """`update` of kernels that are dense or rectangles; weights are counted by `shapes`."""
+    rectangular = rectangles(config, state, params, mask_step)
+    args = config, updates, state, params, shapes, rectangular, as_params, extra
+    inputs, plan_state = _inputs(*args)
     places: list[Any] = [optax.MaskedNode()] * len(inputs.weights)
     if config.indices:
         found = config.places(params, state.masks, state.indices)
@@ -100,6 +125,7 @@ def _inputs(
     updates: PyTree,
     state: SparseState,
     params: PyTree,
+    shapes: PyTree,
     rectangular: list[bool],
     as_params: bool,
     extra: dict[str, Any],
@@ -114,7 +140,7 @@ def _inputs(
         grads = [jnp.asarray(x) for x in leaves_like(params, extra["grad"], "grad=")]
     specs: list[LeafSpec | None] = [None] * len(leaves)  # of dense shapes alone
     if not any(rectangular):
-        _, specs = config.layout(params)
+        _, specs = config.layout(shapes)
     masks, counters = (mask_leaves(tree, params) for tree in (state.masks, state.counters))
     kept, plan_state, sums, grown = recall(state.rule_state, params)
     inputs = StepInputs(
@@ -122,7 +148,7 @@ def _inputs(
         treedef=treedef,
         names=[path_name(path) for path, leaf in leaves_with_path(params) if not is_dense(leaf)],
         specs=specs,
-        full=config.full(params, specs),
+        full=config.full(shapes, specs),
         key=wrap_key(state.key, config.key),
         count=optax.safe_increment(state.count),
         weights=[jnp.asarray(leaf) for leaf in leaves],

@@ -78,9 +78,9 @@ def subset(score: Score, share: float = 1.0) -> Score:
 
     Deviations:
       Entries are drawn independently, with the chances that pairs have. The gradient is the dense
-      one that JAX makes: the rule is GSE's, its saving is not. Inputs and outputs are drawn
-      uniformly; GraBo and GraEst, which draw them by activations and their gradients, are left
-      out: a score sees neither.
+      one that JAX makes: the rule is GSE's, its saving is not (with tiles it is:
+      `dstee.tiles(..., candidates=)`). Inputs and outputs are drawn uniformly; GraBo and GraEst,
+      which draw them by activations and their gradients, are left out: a score sees neither.
     """
     if not share > 0:
         raise ValueError(f"share={share} must be above 0: 1 draws as many as are active.")

@@ -136,8 +136,10 @@ def conv(
 def _product(x: jax.Array, kernel: jax.Array, tiles: Tiles) -> jax.Array:
     """kernel.T @ x for one place of the kernel; x of shape (inputs, examples)."""
     dtype = jnp.result_type(x, kernel)
-    x, kernel, index = _varying_alike(x.astype(dtype), kernel.astype(dtype), tiles.index)
-    return _multiplied(tiles.rows, x, kernel, index)
+    arrays = x.astype(dtype), kernel.astype(dtype), tiles.index
+    if tiles.active is None:
+        return _multiplied(tiles.rows, *_varying_alike(*arrays))
+    return _beside_candidates(tiles.rows, *_varying_alike(*arrays, tiles.active))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -162,6 +164,35 @@ def _gradients(rows: int, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 _multiplied.defvjp(_kept, _gradients)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _beside_candidates(
+    rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array, active: jax.Array
+) -> jax.Array:
+    """As `_multiplied`, where all but the active tiles are zero: their gradients alone matter."""
+    return _multiplied(rows, x, *_active(kernel, index, active))
+
+
+def _active(kernel: jax.Array, index: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    tiles = kernel.reshape(*index.shape, -1, kernel.shape[-1])
+    found = jnp.take_along_axis(tiles, active[..., None, None], axis=1)
+    rectangle = found.reshape(len(kernel), -1, kernel.shape[-1])
+    return rectangle, jnp.take_along_axis(index, active, axis=1)
+
+
+def _kept_beside(rows: int, *arrays: jax.Array) -> tuple[jax.Array, Any]:
+    return _beside_candidates(rows, *arrays), arrays
+
+
+def _gradients_beside(rows: int, kept: Any, grad: jax.Array) -> tuple[Any, ...]:
+    x, *at = kept
+    of_x, *_ = _gradients(rows, (x, *_active(*at)), grad)
+    _, of_kernel, _ = _gradients(rows, kept[:3], grad)
+    return of_x, of_kernel, None, None
+
+
+_beside_candidates.defvjp(_kept_beside, _gradients_beside)
 
 
 def _forward(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:

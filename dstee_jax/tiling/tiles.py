@@ -19,22 +19,26 @@ Shape = tuple[int, ...]
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["index"], meta_fields=["tile", "shape"]
+    jax.tree_util.register_dataclass, data_fields=["index", "active"], meta_fields=["tile", "shape"]
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """Which tiles of a kernel are active; a pytree with one array.
+    """Which tiles of a kernel are active; a pytree with one array, or two with candidates.
 
     Attributes:
       index: int32, shape (..., columns, active): in each column of tiles the rows of the active
         ones, sorted; leading axes stack layers.
       tile: inputs and outputs of a tile.
       shape: of the kernel of one layer, as (inputs, outputs) or (height, width, inputs, outputs).
+      active: if candidates are among the tiles, int32, shape (..., columns, active): which of
+        `index` are not; None if all are active. Products take candidates to be zero, and give
+        their gradients.
     """
 
     index: jax.Array
     tile: tuple[int, int]
     shape: Shape
+    active: jax.Array | None = None
 
     @property
     def rows(self) -> int:
@@ -70,7 +74,8 @@ class Tiles:
 
     def renewed(self, mask: jax.Array) -> "Tiles":
         """As many tiles of another mask, of shape (..., rows, columns)."""
-        return dataclasses.replace(self, index=index_of(mask, self.index.shape))
+        index = index_of(mask, self.index.shape)
+        return dataclasses.replace(self, index=index, active=None)
 
     def stays(self, mask: jax.Array) -> jax.Array:
         """Where a mask of tiles is True, as a rectangle; bool."""
@@ -83,15 +88,47 @@ class Tiles:
 
         `initial` where the mask had no tile.
         """
-        place, found = _places(self.renewed(mask).index, self.index)
+        return self.moved_from(self.renewed(mask))
+
+    def moved_from(self, other: "Tiles") -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """`(rectangle, initial) -> rectangle`: that of other tiles of the kernel as one of these.
+
+        `initial` where the others have no tile.
+        """
+        place, found = _places(other.index, self.index)
 
         def move(rectangle: jax.Array, initial: jax.Array) -> jax.Array:
-            tiles = rectangle.reshape(*self.index.shape, self._depth, self.tile[1])
+            tiles = rectangle.reshape(*other.index.shape, self._depth, self.tile[1])
             there = jnp.take_along_axis(tiles, place[..., None, None], axis=-3)
             start = initial.astype(rectangle.dtype).reshape(there.shape)
             return jnp.where(found[..., None, None], there, start).reshape(self.rectangle_shape)
 
         return move
+
+    def kernel(self, rectangle: jax.Array) -> jax.Array:
+        """A rectangle as a dense kernel of fewer inputs: of each column the tiles that it has."""
+        columns = self.index.shape[-2]
+
+        def one(_: jax.Array, x: jax.Array) -> jax.Array:
+            return self._join(x.reshape(columns, -1, self._depth, self.tile[1]))
+
+        return self._each_layer(one, rectangle)
+
+    def rectangle(self, kernel: jax.Array) -> jax.Array:
+        """A dense kernel of fewer inputs as a rectangle; undoes `kernel`."""
+        return self._each_layer(lambda _, x: self._cut(x), kernel).reshape(self.rectangle_shape)
+
+    def of_these(self, kept: jax.Array) -> jax.Array:
+        """What is kept for tiles, a mask or a counter, as that of the kernel of fewer inputs."""
+        found = jnp.take_along_axis(_by_column(kept, self.index.shape), self.index, axis=-1)
+        return found.swapaxes(-1, -2).reshape(*kept.shape[:-2], *found.shape[:-3:-1])
+
+    def put_these(self, kept: jax.Array, base: jax.Array) -> jax.Array:
+        """What is kept for tiles: `kept`, of the kernel of fewer inputs, and `base` elsewhere."""
+        columns = _by_column(base, self.index.shape)
+        place, found = _places(self.index, _rows(columns.shape))
+        there = jnp.take_along_axis(_by_column(kept, self.index.shape), place, axis=-1)
+        return jnp.where(found, there, columns).swapaxes(-1, -2).reshape(base.shape)
 
     @property
     def _stack(self) -> Shape:
@@ -109,10 +146,17 @@ class Tiles:
 
     def _cut(self, kernel: jax.Array) -> jax.Array:
         """A layer's dense kernel as (columns, rows, depth, outputs)."""
-        columns = self.index.shape[-2]
+        columns, rows = self.index.shape[-2], kernel.shape[-2] // self.tile[0]
         inputs, outputs = self.tile
-        x = kernel.reshape(-1, self.rows, inputs, columns, outputs)
-        return x.transpose(3, 1, 0, 2, 4).reshape(columns, self.rows, self._depth, outputs)
+        x = kernel.reshape(-1, rows, inputs, columns, outputs)
+        return x.transpose(3, 1, 0, 2, 4).reshape(columns, rows, self._depth, outputs)
+
+    def _join(self, x: jax.Array) -> jax.Array:
+        """Undoes `_cut`."""
+        columns, rows = x.shape[:2]
+        inputs, outputs = self.tile
+        x = x.reshape(columns, rows, -1, inputs, outputs).transpose(2, 1, 3, 0, 4)
+        return x.reshape(*self.shape[:-2], rows * inputs, self.shape[-1])
 
     def _take(self, index: jax.Array, kernel: jax.Array) -> jax.Array:
         x = jax.vmap(lambda column, rows: column[rows])(self._cut(kernel), index)
@@ -120,15 +164,11 @@ class Tiles:
 
     def _put(self, index: jax.Array, rectangle: jax.Array, base: Any = None) -> jax.Array:
         columns, active = index.shape
-        inputs, outputs = self.tile
-        tiles = rectangle.reshape(columns, active, self._depth, outputs)
-        every = jnp.broadcast_to(jnp.arange(self.rows, dtype=jnp.int32), (columns, self.rows))
-        place, found = _places(index, every)
+        tiles = rectangle.reshape(columns, active, self._depth, self.tile[1])
+        place, found = _places(index, _rows((columns, self.rows)))
         x = jax.vmap(lambda column, rows: column[rows])(tiles, place)
         elsewhere = jnp.zeros_like(x) if base is None else self._cut(base).astype(x.dtype)
-        x = jnp.where(found[..., None, None], x, elsewhere)
-        x = x.reshape(columns, self.rows, -1, inputs, outputs).transpose(2, 1, 3, 0, 4)
-        return x.reshape(self.shape)
+        return self._join(jnp.where(found[..., None, None], x, elsewhere))
 
 
 def index_of(mask: jax.Array, like: Shape) -> jax.Array:
@@ -139,19 +179,40 @@ def index_of(mask: jax.Array, like: Shape) -> jax.Array:
       like: (..., columns, active): as many are active in each column.
     """
     columns = _by_column(mask, like)
-    rows = columns.shape[-1]
-    places = jnp.where(columns, jnp.arange(rows, dtype=jnp.int32), jnp.int32(rows))
+    places = jnp.where(columns, _rows(columns.shape), jnp.int32(columns.shape[-1]))
     return jnp.sort(places, axis=-1)[..., : like[-1]]
 
 
-def may_be_rectangle(shape: Shape, index: jax.Array) -> bool:
-    """Whether a leaf of that shape may be the rectangle of tiles at `index` (of the state)."""
-    return (
-        index.dtype == jnp.int32
-        and len(shape) == index.ndim + 1
-        and shape[:-2] == index.shape[:-1]
-        and shape[-2] % max(index.shape[-1], 1) == 0
-    )
+def may_be_rectangle(shape: Shape, index: jax.Array, mask: jax.Array) -> bool:
+    """Whether a leaf of that shape may be a rectangle: of the state's tiles, or of more."""
+    if index.dtype != jnp.int32 or len(shape) != index.ndim + 1 or shape[:-2] != index.shape[:-1]:
+        return False
+    pairs = zip(shape[-2:], mask.shape[-2:], strict=True)
+    may_be_dense = len(shape) == mask.ndim and not any(n % parts for n, parts in pairs)
+    return not may_be_dense or shape[-2] % max(index.shape[-1], 1) == 0
+
+
+def with_candidates(tiles: Tiles, mask: jax.Array, share: float, key: jax.Array) -> Tiles:
+    """Active tiles and, in each column, some inactive ones drawn at random.
+
+    Args:
+      tiles: the active ones.
+      mask: of tiles, as the state keeps it.
+      share: inactive ones for each active one, rounded up; at most all.
+      key: PRNG key.
+    """
+    active = _by_column(mask, tiles.index.shape)
+    n, rows = tiles.index.shape[-1], tiles.rows
+    wanted = n + math.ceil(round(min(share * n, rows - n), 6))
+    draw = jax.random.bits(key, active.shape, jnp.uint32) | jnp.uint32(1)
+    order = jnp.argsort(jnp.where(active, jnp.uint32(0), draw), axis=-1)  # active ones first
+    index = jnp.sort(order[..., :wanted].astype(jnp.int32), axis=-1)
+    return dataclasses.replace(tiles, index=index, active=_places(index, tiles.index)[0])
+
+
+def _rows(shape: Shape) -> jax.Array:
+    """The number of its row for each tile, (..., columns, rows); int32."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
 def _by_column(mask: jax.Array, like: Shape) -> jax.Array:
