@@ -41,6 +41,8 @@ def drop_then_grow(*, chain: Sequence[str] = ()) -> Plan:
             drops.append(jnp.where(due & (target < leaf.mask.size), k, 0))
         return drops, missing, round_.state
 
+    if isinstance(chain, str) or not isinstance(chain, Sequence):
+        raise ValueError(f"chain={chain!r} must be names of leaves, as ('a/kernel', 'b/kernel').")
     return Plan(amounts, trim=functools.partial(linked, tuple(chain)) if chain else None)
 
 
