@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import check_flag, check_function, check_made, is_number
 from dstee_jax.engine.checks import check_restart, warn_of_packed
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.rule import Rule
@@ -167,11 +168,25 @@ def transform(
       t counts from 1. The paper runs rounds to the end of training and gives no value for c,
       the drop fraction and ΔT; the defaults here are measured (docs/defaults.md).
     """
+    _check_kinds(
+        drop=drop,
+        grow=grow,
+        penalty=penalty,
+        scale=scale,
+        plan=plan,
+        memory=memory,
+        structure=structure,
+    )
+    check_function("where", where, "a path and a leaf", "dstee.kernels", inputs=2)
+    check_function("distribution", distribution, "shapes and a sparsity", "dstee.erk", inputs=2)
+    flags = {"regrow": regrow, "update_weights": update_weights, "packed": packed}
+    for name, value in (flags | {"indices": indices}).items():
+        check_flag(name, value)
     _check_choice("counter_init", counter_init, ("masks", "zeros"))
     _check_choice("counter_update", counter_update, ("new", "old"))
     check_selection(selection)
-    if not jnp.issubdtype(counter_dtype, jnp.unsignedinteger):
-        raise ValueError(f"counter_dtype={counter_dtype} must be unsigned, as jnp.uint16.")
+    if not _is_unsigned(counter_dtype):
+        raise ValueError(f"counter_dtype={counter_dtype!r} must be unsigned, as jnp.uint16.")
     if sparsity is None and masks is None:
         raise ValueError("sparsity=None without masks=: give one of them, as sparsity=0.95.")
     if sparsity is not None and masks is not None:
@@ -213,8 +228,8 @@ def transform(
             "packed=True and indices=True need a plan that exchanges, and a structure without "
             "ablation, so that counts stay: leave them out."
         )
-    if grow_batches != int(grow_batches) or grow_batches < 1:
-        raise ValueError(f"grow_batches={grow_batches} must be an integer of 1 or more.")
+    if not is_number(grow_batches) or grow_batches != int(grow_batches) or grow_batches < 1:
+        raise ValueError(f"grow_batches={grow_batches!r} must be an integer of 1 or more.")
     if grow_batches > 1 and every is None:
         raise ValueError(f"grow_batches={grow_batches} and every=None: there is no round to grow.")
     if grow_batches > 1 and grow_batches > rounds.shortest:
@@ -227,7 +242,7 @@ def transform(
         rule=rule,
         rounds=rounds,
         key=key,
-        sparsity=0.0 if sparsity is None else sparsity,
+        sparsity=distributions.as_numbers(0.0 if sparsity is None else sparsity),
         distribution=distribution,
         where=where,
         masks=masks,
@@ -308,6 +323,25 @@ def _asked(tx: optax.GradientTransformation) -> Config:
             "chain, or the wrapper, was made of."
         )
     return asked
+
+
+def _is_unsigned(dtype: Any) -> bool:
+    try:
+        return bool(jnp.issubdtype(dtype, jnp.unsignedinteger))
+    except TypeError:  # no dtype at all
+        return False
+
+
+def _check_kinds(*, plan: Any, memory: Any, structure: Any, **of_leaf: Any) -> None:
+    """Raise a ValueError for a part of a rule that is of another kind, or was not called."""
+    examples = {"grow": "dstee.scores.gradient()", "drop": "dstee.scores.magnitude()"}
+    examples |= {"scale": "dstee.scales.warm_up()", "penalty": "dstee.penalties.l1_with_noise()"}
+    for name, value in of_leaf.items():
+        if value is not None:
+            check_function(name, value, "one leaf", examples[name])
+    check_made("plan", plan, plans.Plan, "dstee.plans.exchange()")
+    check_made("memory", memory, Memory, "dstee.memory.dense_momentum()")
+    check_made("structure", structure, Structure, "dstee.structures.constant_fan_in()")
 
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:

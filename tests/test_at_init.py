@@ -66,7 +66,9 @@ def test_csti_links_features_that_correlate():
         assert not got.reshape(a, 6, b, 6)[:, 4].any()
     np.testing.assert_array_equal(masks["l02"]["kernel"], random["l02"]["kernel"])
     assert isinstance(masks["l00"]["bias"], optax.MaskedNode)
-    with pytest.raises(ValueError, match="no kernel has two axes that are multiples of the 5"):
+    with pytest.raises(
+        ValueError, match=r"no kernel has two axes that are multiples of the 5 .* 5 units wide"
+    ):
         at_init.csti(None, params, jnp.ones((3, 5)), 0.8, KEY)
 
 

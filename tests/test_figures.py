@@ -1,5 +1,6 @@
 """Figures, theory, ablation, configs: by definition where there is one, and end to end, small."""
 
+import itertools
 import json
 import re
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import dstee_jax as dstee
 from experiments import cifar, imagenet, linkpred, quickstart
-from experiments.report import figures, write_configs
+from experiments.report import animation, figures, write_configs
 from experiments.studies import ablation, exploitation, figure1, theory
 from experiments.training import records
 from experiments.training.checkpoints import Checkpoints
@@ -107,6 +108,28 @@ def test_masks_from_a_checkpoint(tmp_path):
     Checkpoints(tmp_path, keep=True).save(1, {"opt_state": tx.init(params)}, {})
     figures.main(["masks", f"--work_dir={tmp_path}", f"--out={tmp_path}"])
     drawn(tmp_path, "masks")
+
+
+@pytest.mark.parametrize("name", ["length", "tiles", "linkpred", "lm"])
+def test_of_the_committed_records(tmp_path, name):
+    figures.main([name, f"--out={tmp_path}"])
+    drawn(tmp_path, name)
+
+
+def test_animation(tmp_path, monkeypatch):
+    """A frame before, one after each round and one at the end; what it shows is the training's."""
+    seen = list(animation.moments(steps=112))
+    assert [moment.step for moment in seen] == [0, 50, 100, 112]
+    for before, now in itertools.pairwise(seen):
+        assert now.mask.sum() == before.mask.sum()
+        np.testing.assert_array_equal(now.grown, now.mask & ~before.mask)
+        assert not (before.explored & ~now.explored).any()
+    assert seen[1].grown.any()
+    assert not seen[-1].grown.any()
+    monkeypatch.setattr(animation, "moments", lambda steps: iter(seen))
+    figures.main(["animation", f"--out={tmp_path}"])
+    with Image.open(tmp_path / "animation.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (4, 0)
 
 
 def test_figures_without_records(tmp_path, capsys):

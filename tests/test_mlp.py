@@ -228,6 +228,16 @@ def test_wrong_arguments(options, message, capsys):
     assert re.search(message, error), error
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["srigl", "smet", "gse", "set_published", "mest_published", "cht", "chts", "dsr", "csti"],
+)
+def test_defaults_that_do_not_fit_say_what_does(data_dir, method):
+    """A training of 18 steps has no round by the defaults, CSTI no layer as wide as the images."""
+    with pytest.raises(SystemExit, match=r"no mask step.*Lower every|784 units wide"):
+        mlp.main([f"--data_dir={data_dir}", "--batch=50", "--epochs=9", f"--method={method}"])
+
+
 def test_data_that_is_missing_or_small(data_dir, tmp_path):
     with pytest.raises(SystemExit, match="tfds build mnist --file_format=array_record"):
         mlp.main([f"--data_dir={tmp_path}"])

@@ -7,9 +7,11 @@ import ast
 import doctest
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ PUBLIC = {
 # From the ground up: a room imports rooms of lower floors alone, and none of its own floor.
 FLOORS = {
     "dstee_jax": [
-        ["selection", "trees"],
+        ["arguments", "selection", "trees"],
         ["state"],
         ["rules", "tiling"],
         ["masks"],
@@ -100,6 +102,14 @@ def test_arrows_point_down(package):
     assert set(arrows) == set(floor), "a room is missing in FLOORS, or gone"
     up = [(a, b) for a, rooms in arrows.items() for b in rooms if floor[b] >= floor[a]]
     assert not up, f"rooms that import from their own floor or above: {up}"
+
+
+def test_the_package_names_the_pythons_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {line.rsplit(" ", 1)[1] for line in project["classifiers"] if ":: 3." in line}
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    assert named == set(re.findall(r'python: "([\d.]+)"', workflow))
+    assert project["requires-python"] == ">=" + min(named, key=lambda v: int(v.split(".")[1]))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
 from benchmarks.collectives import collectives
-from dstee_jax import scores
+from dstee_jax import methods, scores, structures
 from tests.test_packed import close, equal, make, tree
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -134,6 +134,51 @@ def test_top_k_would_gather(axis_type):
         program = jax.jit(tx.update).lower(params, state, params).compile()
     sent = collectives(program.as_text())
     assert any(np.prod(s) >= 128 for c in sent if c.kind in GATHERS for _, s in c.shapes)
+
+
+# Rules that look at a kernel as a whole. Name: what makes the optimizer, and of which kernels.
+WHOLE = {
+    "constant_fan_in": dict(make=methods.rigl, structure=structures.constant_fan_in()),
+    "channels": dict(make=methods.rigl, structure=structures.channels()),
+    "n_m": dict(make=methods.rigl, structure=structures.n_m(2, 4), sparsity=0.5),
+    "srigl": dict(make=methods.srigl),
+    "stacked": dict(make=methods.srigl, stack_axes=stack_axes),
+    "cht": dict(make=methods.cht),
+    "chain": dict(make=methods.cht, chain=("down/kernel", "up/kernel"), grow=scores.ch3_l3n()),
+    "chts": dict(make=methods.chts, drop=scores.sampled(scores.relative_importance())),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_sees_whole_kernels_runs_over_explicit_axes(name):
+    options = dict(sparsity=0.8, total_steps=20, every=2, key=jax.random.key(0)) | WHOLE[name]
+    make_of = options.pop("make")
+    tx = make_of(optax.sgd(0.1), distribution=dstee.uniform, **options)
+    specs = {"down": P(None, "tp"), "up": P("fsdp", "tp"), "all": P(None, "tp", "fsdp")}
+    some = {"stacked": ["all"], "chain": ["down", "up"]}.get(name, ["up"])
+    shapes = {"down": {"kernel": (32, 16)}, "up": {"kernel": (16, 48)}, "all": SHAPES["all"]}
+    params, mesh = tree(0, {key: shapes[key] for key in some}), mesh_of(AxisType.Explicit)
+    laid = {
+        key: {"kernel": jax.device_put(x["kernel"], NamedSharding(mesh, specs[key]))}
+        for key, x in params.items()
+    }
+
+    @jax.jit
+    def run(params):
+        state = first = tx.init(params)
+        new = dstee.apply_masks(params, state)
+        for _ in range(3):
+            new, state = dstee.apply(tx, params, state, new)
+        return first.masks, state.masks
+
+    before, expected = jax.device_get(run(params))
+    with jax.set_mesh(mesh):
+        first, found = run(laid)
+        jax.tree.map(lambda m, w: None if m.sharding == w.sharding else 1 / 0, found, laid)
+        equal(jax.device_get(tx.init(laid).masks), before)
+    equal(jax.device_get((first, found)), (before, expected))
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(expected), strict=True)
+    assert any((a != b).any() for a, b in pairs)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

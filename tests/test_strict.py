@@ -73,7 +73,7 @@ def whole_masks(kind):
 
 UNIFORM = {"distribution": dstee.uniform, "sparsity": 0.5}
 TWO_AXES = {"where": lambda path, leaf: jnp.ndim(leaf) == 2}
-OWN = {"cht": TWO_AXES, "chts": TWO_AXES}
+OWN = {"cht": TWO_AXES, "chts": TWO_AXES, "smet": {"betas": None}}
 METHODS = {name: (getattr(methods, name), OWN.get(name, {})) for name in methods.__all__}
 OPTIONS = {
     "packed": {"packed": True},

@@ -280,7 +280,13 @@ def test_chts_keeps_more_of_the_largest_as_its_power_rises():
     shares = []
     for last in (0.0, 1.0, 6.0):
         tx = methods.chts(
-            optax.sgd(0.0), sparsity=0.5, total_steps=STEPS, every=2, key=KEY, last_power=last
+            optax.sgd(0.0),
+            sparsity=0.5,
+            total_steps=STEPS,
+            every=2,
+            update_weights=True,
+            key=KEY,
+            last_power=last,
         )
         kept = []
         history = trajectory(tx)
@@ -320,8 +326,13 @@ def test_soft_growth_draws_other_masks_for_other_keys():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda o: methods.cht(every=1, **o), "every=1 must be a number of 2 or more steps"),
-        (lambda o: methods.chts(every=lambda s: 5, **o), "must be a number of 2 or more steps"),
+        (lambda o: methods.cht(every=2, **o), "3 or more steps: .* on neither a weight is updated"),
+        (
+            lambda o: methods.cht(every=1, update_weights=True, **o),
+            "every=1 must be a number of 2 or more steps",
+        ),
+        (lambda o: methods.cht(every=1, **o), "every=1 must be a number of 3 or more steps"),
+        (lambda o: methods.chts(every=lambda s: 5, **o), "must be a number of 3 or more steps"),
         (lambda o: plans.linked(("a",), ["a", "b"], []), "must be two or more of the leaves"),
         (lambda o: plans.linked(("a", "c"), ["a", "b"], []), "must be two or more of the leaves"),
         (

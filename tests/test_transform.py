@@ -342,6 +342,7 @@ def test_bad_arguments():
         ({"every": 0}, "every=0"),
         ({"every": 1}, "update_weights=True"),
         ({"every": 2000}, "no mask step"),
+        ({"every": lambda step: 2000}, "no step of every, whose first is 2000, lies within"),
         ({"start": 0.9}, "stop=0.75 is before start=0.9"),
         ({"stop": 1.5}, r"in \[0, 1\]"),
         ({"drop_fraction": 1.2}, "drop_fraction=1.2"),
@@ -374,6 +375,8 @@ def test_bad_trees():
     state = tx.init(params)
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, state)
+    with pytest.raises(ValueError, match="opt_state is a dict, not what init returned: the order"):
+        tx.update(params, params, state)
     with pytest.raises(ValueError, match="different structures"):
         tx.update(params["a"], state, params)
     with pytest.raises(ValueError, match="selects none of the leaves"):

@@ -14,6 +14,7 @@ from dstee_jax.rules.stacking import by_layer
 from dstee_jax.rules.structures import Structure
 from dstee_jax.selection.exchange import Exchange
 from dstee_jax.selection.largest import Selection
+from dstee_jax.selection.parts import laid_as, whole
 from dstee_jax.state import Leaf
 
 
@@ -57,7 +58,8 @@ class Rule:
 
         for i, axis in enumerate(spec.stack):
             one = jax.vmap(one, in_axes=(axis, axis, axis, i), out_axes=axis)
-        return one(*row[:3], _of_layers(row, spec))
+        mask, drop, grow = map(whole, row[:3])
+        return laid_as(one(mask, drop, grow, _of_layers(row, spec)), row.mask)
 
     def reduce(self, row: Exchange, spec: LeafSpec, turn: jax.Array) -> Exchange:
         """What is exchanged in a leaf: its weights, or what its structure makes of them.
@@ -75,7 +77,7 @@ class Rule:
         active = total(spec.target) // math.prod(stacked)
         grid, k, k_max = parts(layer, _of_layers(row, spec), row.k_max, active, turn)
         k = k.reshape([n for n in (*stacked, *grid) if n > 1])
-        return Exchange(*reduce(*row[:3]), (*stacked, *grid), k, None, k_max)
+        return Exchange(*reduce(*map(whole, row[:3])), (*stacked, *grid), k, None, k_max)
 
     def expand(self, new: jax.Array, row: Exchange, spec: LeafSpec) -> jax.Array:
         """The mask of a leaf from the new one of what was reduced."""
@@ -89,7 +91,7 @@ class Rule:
 
         for i, axis in reversed(list(enumerate(spec.stack))):
             one = jax.vmap(one, out_axes=axis - i)
-        return one(new)
+        return one(new) if self.structure.tile else laid_as(one(new), row.mask)
 
 
 def _layers(shape: tuple[int, ...], spec: LeafSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -56,6 +56,11 @@ def update(
         raise ValueError(
             "dstee.transform needs the parameters: call tx.update(grads, opt_state, params)."
         )
+    if not isinstance(state, SparseState):
+        raise ValueError(
+            f"opt_state is a {type(state).__name__}, not what init returned: the order is "
+            "tx.update(grads, opt_state, params), and dstee.apply(tx, grads, opt_state, params)."
+        )
     if not isinstance(mask_step, bool | np.bool_):
         raise ValueError(
             f"mask_step={mask_step} must be True or False when the step is compiled: make it a "

@@ -73,7 +73,8 @@ def csti(
       the others.
 
     Raises:
-      ValueError: no kernel has sizes that are multiples of the number of features.
+      ValueError: no kernel has sizes that are multiples of the number of features, or the batch
+        is no array of inputs whose features correlate.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -89,6 +90,10 @@ def csti(
       Exact counts, where theirs keep all that tie with the last; sizes other than one or two times
       the features are ours.
     """
+    if not hasattr(batch, "shape") or len(batch.shape) < 2 or 0 in batch.shape:
+        raise ValueError(
+            f"batch={batch!r} of CSTI must be an array of inputs (samples, ...), with some of each."
+        )
     x = batch.reshape(batch.shape[0], -1).astype(jnp.float32)
     x = x - jnp.mean(x, axis=0, keepdims=True)
     norm = jnp.sqrt(jnp.sum(jnp.square(x), axis=0))
@@ -106,7 +111,13 @@ def csti(
     if not found:
         raise ValueError(
             f"no kernel has two axes that are multiples of the {features} features of the batch: "
-            f"CSTI links copies of them, and the leaves are {[jnp.shape(x) for x in leaves]}."
+            f"CSTI links copies of them, and the leaves are {[jnp.shape(x) for x in leaves]}. Make "
+            f"the layer that reads them {features} units wide, or a multiple of it."
+        )
+    if _is_concrete([links]) and not bool(jnp.isfinite(links).all() & links.any()):
+        raise ValueError(
+            f"the {batch.shape[0]} inputs of the batch have no finite correlations between their "
+            "features: pass more of them, without NaN, that differ."
         )
     return jax.tree.unflatten(treedef, masks)
 

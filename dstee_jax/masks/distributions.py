@@ -6,6 +6,9 @@ leaves by path to a sparsity for each. `active_counts` turns it into exact integ
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from dstee_jax.arguments import is_number
 
 Shape = tuple[int, ...]
 Distribution = Callable[[Mapping[str, Shape], float], Mapping[str, float]]
@@ -132,6 +135,13 @@ def check_sparsity(sparsity: float | Mapping[str, float] | None) -> None:
         _check(sparsity, "sparsity")
 
 
+def as_numbers(sparsity: Any) -> Any:
+    """A checked sparsity, or those of a dict, as Python's numbers: none is an array within jit."""
+    if isinstance(sparsity, Mapping):
+        return {name: float(value) for name, value in sparsity.items()}
+    return float(sparsity)
+
+
 def _check(value: float, what: str) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{what} is {value}: it must be in [0, 1), as 0.95 for 5% of weights.")
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{what} is {value!r}: it must be in [0, 1), as 0.95 for 5% of weights.")

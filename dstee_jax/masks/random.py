@@ -11,6 +11,7 @@ import optax
 from dstee_jax.masks import distributions
 from dstee_jax.masks.counts import Count, Layout, Sparsity, Where, leaf_counts, total
 from dstee_jax.masks.distributions import Distribution
+from dstee_jax.masks.given import lay
 from dstee_jax.masks.where import kernels
 from dstee_jax.rules.structures import Structure
 from dstee_jax.selection.bisection import INDEX, Keys, Search, chosen
@@ -97,7 +98,8 @@ def masks_of_counts(
             masks.append(random_mask(key_, leaf.shape, count, layout.grid(i), leaf))
         else:
             shape, axes = layout.unstacked(i).shape, layout.stacks[i]
-            masks.append(stacked_masks(structure, key_, shape, count, leaf.shape, axes))
+            mask = stacked_masks(structure, key_, shape, count, leaf.shape, axes)
+            masks.append(mask if structure.tile else lay(mask, leaf))
     return jax.tree.unflatten(treedef, masks)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import check_whole
 from dstee_jax.masks.counts import Blocks, Sparsity, StackAxes, Where
 from dstee_jax.masks.distributions import Distribution
 from dstee_jax.rules.memory import Memory
@@ -80,6 +81,7 @@ def cosine(total_steps: int, first: float, alpha: float) -> optax.Schedule:
 
     As `optax.cosine_decay_schedule`, also under strict dtype promotion.
     """
+    check_whole("total_steps", total_steps, least=None)
     steps = max(total_steps, 1)
 
     def schedule(count: jax.Array) -> jax.Array:
@@ -91,6 +93,7 @@ def cosine(total_steps: int, first: float, alpha: float) -> optax.Schedule:
 
 def halved_by_thirds(total_steps: int) -> optax.Schedule:
     """The rate of MEST: 0.3, then 0.15 and 0.075 after each third of the training."""
+    check_whole("total_steps", total_steps, least=None)
     first, second = max(total_steps // 3, 1), max(2 * total_steps // 3, 2)
 
     def schedule(count: jax.Array) -> jax.Array:
@@ -106,6 +109,7 @@ def halved_at(step: int, first: float) -> optax.Schedule:
 
 def linear(total_steps: int, first: float, last: float) -> optax.Schedule:
     """From `first` at step 0 to `last` at the end, in a straight line."""
+    check_whole("total_steps", total_steps, least=None)
     steps = max(total_steps, 1)
 
     def schedule(count: jax.Array) -> jax.Array:

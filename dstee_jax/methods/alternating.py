@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Unpack
 
+from dstee_jax.arguments import check_number, check_whole
 from dstee_jax.masks.counts import Sparsity
 from dstee_jax.methods._common import Inner, Shared, Transform, make
 from dstee_jax.rules import scores
@@ -62,6 +63,15 @@ def ac_dc(
       A weight that comes back starts with the moments that `inner.init` gives; those of the
       others go on (theirs can zero all of them).
     """
+    check_whole("total_steps", total_steps, least=None)
+    shares = {
+        "start": start,
+        "stop": stop,
+        "sparse_phase": sparse_phase,
+        "dense_phase": dense_phase,
+    }
+    for name, share in shares.items():
+        check_number(name, share, "0.5")
     if not (0 < start <= stop <= 1 and 0 < sparse_phase <= 1 and 0 < dense_phase <= 1):
         raise ValueError(
             f"start={start}, stop={stop}, sparse_phase={sparse_phase} and "

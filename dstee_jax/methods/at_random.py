@@ -1,9 +1,13 @@
 """Methods that keep the count of every leaf and grow at random."""
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import check_number
 from dstee_jax.methods._common import (
     Inner,
     Options,
@@ -30,7 +34,7 @@ def set(inner: Inner = None, *, zeta: float | None = None, **options: Unpack[Opt
         output layer dense (`where=`).
 
     Raises:
-      ValueError: zeta is out of range.
+      ValueError: zeta is out of range, or given together with `drop_fraction` or `drop`.
 
     Example:
       >>> import dstee_jax as dstee, jax, optax
@@ -49,6 +53,10 @@ def set(inner: Inner = None, *, zeta: float | None = None, **options: Unpack[Opt
     """
     defaults: dict[str, Any] = {"grow": scores.random(), "regrow": True}
     if zeta is not None:
+        check_number("zeta", zeta, "0.3")
+        if not 0 < zeta <= 1:
+            raise ValueError(f"zeta={zeta} must be a share of the weights in (0, 1], as 0.3.")
+        _alone("zeta", options, "drop_fraction", "drop")
         constant = optax.constant_schedule(zeta)
         published = {"drop_fraction": constant, "stop": 1.0, "update_weights": True}
         defaults |= {"drop": scores.two_sided(zeta)} | published
@@ -91,7 +99,7 @@ def mest(
       **options: of `dstee.transform`.
 
     Raises:
-      ValueError: mutation is out of range.
+      ValueError: mutation is out of range, or given together with `drop_fraction` or `plan`.
 
     Example:
       >>> import dstee_jax as dstee, jax, optax
@@ -108,8 +116,12 @@ def mest(
       EM drops and grows in one exchange, where theirs prunes below the target and grows back: the
       same masks. The default drop fraction is ours.
     """
-    if mutation is not None and not 0 < mutation <= 1:
-        raise ValueError(f"mutation={mutation} must be a share of all weights, as 0.02.")
+    if mutation is not None:
+        check_number("mutation", mutation, "0.02")
+        if not 0 < mutation <= 1:
+            raise ValueError(f"mutation={mutation} must be a share of all weights, as 0.02.")
+        _alone("mutation", options, "drop_fraction", "plan")
+    check_number("gradient_weight", gradient_weight, "1.0")
     defaults = {
         "total_steps": total_steps,
         "drop": scores.magnitude_and_gradient(gradient_weight),
@@ -143,12 +155,12 @@ def smet(
       inner: the optimizer.
       total_steps: number of calls of `update` in the whole training.
       warm_up: W, 100 as `every`.
-      betas: Adam's; None if `inner` is not of its kind.
+      betas: Adam's, `(b1, b2)` of `inner`; None if it is not of its kind.
       **options: of `dstee.transform`; `scale=` in place of the warm start, as
         `scales.product(scales.warm_up(), scales.density())` for the density-aware rate.
 
     Raises:
-      ValueError: `warm_up` or `betas` are out of range.
+      ValueError: `warm_up` or `betas` are out of range, or `inner` has no moments of Adam's kind.
 
     Example:
       >>> import dstee_jax as dstee, jax, optax
@@ -164,6 +176,10 @@ def smet(
       Those of `scales.warm_up` and `scales.own_bias_correction`. Theirs trains blocks of weights,
       with embeddings and head dense (`where=`). The density-aware rate is off, as in their code.
     """
+    check_number("warm_up", warm_up, "100")
+    if betas is not None:
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r} must be (b1, b2), as (0.9, 0.999), or None.")
     ramp = [scales.warm_up(warm_up)]
     corrections = [] if betas is None else [scales.own_bias_correction(*betas)]
     defaults = {
@@ -173,7 +189,10 @@ def smet(
         "drop_fraction": cosine(total_steps, 0.2, 0.025),
         "stop": 1.0,
     }
-    return make(inner, defaults, options)
+    made = make(inner, defaults, options)
+    if betas is not None and inner is not None and "scale" not in options:
+        _check_adam(inner, betas)
+    return made
 
 
 def deep_r(
@@ -210,3 +229,24 @@ def deep_r(
         "update_weights": True,
     }
     return make(inner, defaults, options)
+
+
+def _alone(name: str, options: Mapping[str, Any], *others: str) -> None:
+    """Raise a ValueError if an option is given whose part another one plays."""
+    both = [other for other in others if other in options]
+    if both:
+        raise ValueError(f"{name}= stands for {both[0]}=: leave one of them out.")
+
+
+def _check_adam(inner: Any, betas: Any) -> None:
+    """Raise a ValueError if the inner optimizer keeps no `mu` and `nu`, tried on four weights."""
+    try:
+        state = jax.eval_shape(inner.init, jax.ShapeDtypeStruct((2, 2), jnp.float32))
+    except Exception:
+        return  # takes no such tree: labels by name
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    if not all(any(f".{name}" in path for path in paths) for name in ("mu", "nu")):
+        raise ValueError(
+            f"betas={betas} correct the two moments of Adam, which the inner optimizer does not "
+            "keep: pass betas=None, or optax.adam or adamw."
+        )

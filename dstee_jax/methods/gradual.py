@@ -2,6 +2,7 @@
 
 from typing import Required, Unpack
 
+from dstee_jax.arguments import check_number, check_whole
 from dstee_jax.masks.counts import Sparsity
 from dstee_jax.methods._common import Inner, Shared, Transform, Untimed, itop, make
 from dstee_jax.methods.at_random import mest
@@ -107,9 +108,11 @@ def gap(
       Parts are runs of leaves in the order of the parameters, with equal numbers of leaves. The
       number of rotations is ours.
     """
+    check_whole("total_steps", total_steps, least=None)
+    rotation = plans.rotation(partitions)
     defaults = {
         "total_steps": total_steps,
-        "plan": plans.rotation(partitions),
+        "plan": rotation,
         "grow": scores.random(),
         "drop_fraction": 0.0,
         "every": max(int(0.8 * total_steps) // (2 * partitions), 1),
@@ -156,6 +159,9 @@ def mest_ems(
     """
     if not isinstance(sparsity, float | int):
         raise ValueError(f"mest_ems needs one sparsity for the network, not {sparsity!r}.")
+    check_number("sparsity", sparsity, "0.9")
+    check_number("elastic", elastic, "1.5")
+    check_number("stop", stop, "0.9")
     if not elastic >= 1:
         raise ValueError(f"elastic={elastic} must be 1 or more: EM&S starts denser than it ends.")
     first = max(1 - elastic * (1 - sparsity), 0.0)
@@ -198,6 +204,7 @@ def admm(
       The paper names the reweighting and gives no formula: rho, the weights and the interval
       are ours.
     """
+    check_whole("total_steps", total_steps, least=None)
     begin, prune = total_steps // 3, max(2 * total_steps // 3, 2)
     interval = max((prune - begin) // 10, 1) if interval is None else interval
     defaults = {

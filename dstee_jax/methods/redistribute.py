@@ -4,6 +4,7 @@ from typing import Unpack
 
 import optax
 
+from dstee_jax.arguments import check_whole
 from dstee_jax.methods._common import (
     Inner,
     Options,
@@ -75,6 +76,7 @@ def dsr(
       The authors give the wanted number of drops by network; the fraction 0.1 and the steps at
       which the period doubles are ours.
     """
+    check_whole("total_steps", total_steps, least=None)
     defaults = {
         "total_steps": total_steps,
         "plan": plans.adaptive_threshold(threshold),

@@ -5,6 +5,7 @@ from typing import Unpack
 
 import optax
 
+from dstee_jax.arguments import check_number, is_number
 from dstee_jax.methods._common import Inner, Options, Transform, Untimed, linear, make
 from dstee_jax.rules import scores
 from dstee_jax.rules.phases import drop_then_grow
@@ -26,7 +27,7 @@ def cht(inner: Inner = None, *, chain: Sequence[str] = (), **options: Unpack[Opt
       chain: names of kernels that follow each other, as ('layer_0/kernel', 'layer_1/kernel'): after
         a drop, the links of hidden units without inputs or outputs go, too, and as many grow again
         in their leaves. Those units take no part in the training any more.
-      **options: of `dstee.transform`; `every` is a number, 2 or more (the authors' is an epoch).
+      **options: of `dstee.transform`; `every` is a number, 3 or more (the authors' is an epoch).
         `grow=scores.ch3_l3n()` costs less on large kernels; `masks=at_init.csti(...)` are the
         authors' first masks.
 
@@ -55,7 +56,7 @@ def cht(inner: Inner = None, *, chain: Sequence[str] = (), **options: Unpack[Opt
         "drop_fraction": optax.constant_schedule(0.3),
         "stop": 1.0,
     }
-    every = _in_pairs(options.pop("every", 100))
+    every = _in_pairs(options.pop("every", 100), options.get("update_weights", False))
     return make(inner, defaults | {"every": every}, options)
 
 
@@ -91,6 +92,7 @@ def chts(
     Deviations:
       As `cht`. How T goes from 1 to its last value could not be checked.
     """
+    check_number("last_power", last_power, "3.0")
     if not last_power >= 0:
         raise ValueError(f"last_power={last_power} must be 0 or more: 0 draws at random.")
     defaults = {
@@ -99,16 +101,18 @@ def chts(
         "drop": sampled(scores.magnitude(), linear(total_steps, 1.0, last_power)),
         "grow": sampled(ch2_l3n()),
     }
-    every = _in_pairs(options.pop("every", 100))
+    every = _in_pairs(options.pop("every", 100), options.get("update_weights", False))
     return make(inner, defaults | {"every": every}, options)
 
 
-def _in_pairs(every: Every | None) -> Every | None:
+def _in_pairs(every: Every | None, update_weights: bool) -> Every | None:
     """Mask steps at each multiple of `every` and on the step after it."""
     if every is None:
         return None
-    if callable(every) or every < 2:
+    least = 2 if update_weights else 3
+    if callable(every) or not is_number(every) or every < least:
         raise ValueError(
-            f"every={every} must be a number of 2 or more steps: a round takes two of them."
+            f"every={every!r} must be a number of {least} or more steps: a round takes two of them"
+            f"{', and on neither a weight is updated' if least == 3 else ''}."
         )
     return lambda step: every if step == 0 else 1 if step % every == 0 else every - 1

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dstee_jax.arguments import check_flag, check_function, check_number
 from dstee_jax.rules import units
 from dstee_jax.rules.structures import Shape, Structure, constant_fan_in
 from dstee_jax.selection.exchange import Exchange
@@ -46,7 +47,7 @@ def ablation(
       output_axis: as for `constant_fan_in`.
 
     Raises:
-      ValueError: gamma is negative.
+      ValueError: gamma is negative, or another argument is of another kind.
 
     References:
       Lasby et al., "Dynamic Sparse Training with Structured Sparsity", 2024, Section 3.1, and its
@@ -57,6 +58,10 @@ def ablation(
       active now. A unit with more weights than its share loses the lowest, theirs any. At least
       one unit stays.
     """
+    check_number("gamma", gamma, "0.3")
+    check_flag("of_dense", of_dense)
+    example = "lambda name, shape: 'head' in name"
+    check_function("exempt", exempt, "a leaf's name and shape", example, inputs=2)
     if not gamma >= 0:
         raise ValueError(f"gamma={gamma} must be 0 or more, as 0.3: a share of the fan-in.")
     alike = constant_fan_in(output_axis=output_axis)

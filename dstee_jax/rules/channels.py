@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dstee_jax.arguments import check_whole
 from dstee_jax.rules import units
 from dstee_jax.rules.structures import Shape, Structure
 from dstee_jax.selection.bisection import largest_bits
@@ -24,6 +25,7 @@ def channels(*, output_axis: int = -1) -> Structure:
     References:
       Li et al., "Pruning Filters for Efficient ConvNets", 2017, for filters of least weight.
     """
+    check_whole("output_axis", output_axis, least=None)
 
     def step(shape: Shape) -> int:
         return units.fan_in(shape, output_axis)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.arguments import check_number
 from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf, RuleState, at_least_float32
@@ -40,6 +41,7 @@ def dense_momentum(decay: float = 0.9) -> Memory:
     References:
       Dettmers and Zettlemoyer, "Sparse Networks from Scratch", 2019, Section 3.
     """
+    check_number("decay", decay, "0.9")
     if not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must be in [0, 1), as 0.9.")
 

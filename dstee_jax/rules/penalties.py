@@ -6,6 +6,7 @@ Each is a function of one leaf, as a score is.
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.arguments import check_number
 from dstee_jax.rules.scores import Score
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf
@@ -19,6 +20,8 @@ def l1_with_noise(l1: float = 1e-5, noise: float = 1e-5) -> Score:
     References:
       Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018, Eq. 3.
     """
+    check_number("l1", l1, "1e-5")
+    check_number("noise", noise, "1e-5")
 
     def penalty(leaf: Leaf) -> jax.Array:
         sign = jnp.where(leaf.rule_state, 1.0, -1.0)
@@ -39,6 +42,7 @@ def admm(rho: float, start: int, stop: int, *, reweighted: bool = True) -> Score
       Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction
       Method of Multipliers", 2018, Section 3.
     """
+    check_number("rho", rho, "1e-2")
 
     def penalty(leaf: Leaf) -> jax.Array:
         size = jnp.abs(leaf.param)

@@ -11,6 +11,7 @@ from dstee_jax.rules import counting
 from dstee_jax.rules.counting import Counts
 from dstee_jax.rules.plans import Plan, Round
 from dstee_jax.rules.schedule import portion
+from dstee_jax.selection.parts import laid_as, whole
 from dstee_jax.trees import is_dense
 
 __all__ = ["alternate", "drop_then_grow", "linked"]
@@ -40,6 +41,8 @@ def drop_then_grow(*, chain: Sequence[str] = ()) -> Plan:
             drops.append(jnp.where(due & (target < leaf.mask.size), k, 0))
         return drops, missing, round_.state
 
+    if isinstance(chain, str) or not isinstance(chain, Sequence):
+        raise ValueError(f"chain={chain!r} must be names of leaves, as ('a/kernel', 'b/kernel').")
     return Plan(amounts, trim=functools.partial(linked, tuple(chain)) if chain else None)
 
 
@@ -58,6 +61,8 @@ def linked(chain: Sequence[str], names: list[str], masks: list[Any]) -> list[Any
     if missing or len(chain) < 2:
         raise ValueError(f"chain={chain} must be two or more of the leaves {names}, in order.")
     places, new = [names.index(name) for name in chain], list(masks)
+    for i in places:
+        new[i] = new[i] if is_dense(new[i]) else whole(new[i])
     pairs = [
         (i, j) for i, j in itertools.pairwise(places) if not (is_dense(new[i]) or is_dense(new[j]))
     ]
@@ -71,7 +76,7 @@ def linked(chain: Sequence[str], names: list[str], masks: list[Any]) -> list[Any
         new[j] = new[j] & new[i].any(0)[:, None]
     for i, j in reversed(pairs):
         new[i] = new[i] & new[j].any(1)[None, :]
-    return new
+    return [m if is_dense(m) else laid_as(m, old) for m, old in zip(new, masks, strict=True)]
 
 
 def alternate(*, overall: bool = True) -> Plan:

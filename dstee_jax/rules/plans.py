@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.arguments import check_function, check_number, check_whole
 from dstee_jax.rules import counting
 from dstee_jax.rules.counting import Counts, apportion
 from dstee_jax.rules.schedule import portion
@@ -151,6 +152,8 @@ def redistribute(importance: Score, *, cap: float = 0.99) -> Plan:
       importance: a score; its mean over a leaf's active weights is the leaf's weight.
       cap: share of a leaf's free places that may be filled, in (0, 1].
     """
+    check_function("importance", importance, "one leaf", "scores.momentum()")
+    check_number("cap", cap, "0.99")
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
         drops, free, weights = [], [], []
@@ -178,6 +181,8 @@ def adaptive_threshold(initial: float = 1e-3, *, tolerance: float = 0.1) -> Plan
       initial: the first threshold, in units of the drop score.
       tolerance: relative, in (0, 1).
     """
+    check_number("initial", initial, "1e-3")
+    check_number("tolerance", tolerance, "0.1")
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:
         threshold = round_.state
@@ -222,6 +227,10 @@ def gradual(
         between leaves (no leaf loses its last weight). By default each leaf goes from its own
         first count to its own target.
     """
+    check_number("initial_sparsity", initial_sparsity, "0.5")
+    check_number("start", start, "0.0")
+    check_number("end", end, "0.5")
+    check_number("power", power, "3.0")
     if not 0 <= initial_sparsity < 1:
         raise ValueError(f"initial_sparsity={initial_sparsity} must be in [0, 1): 0 is dense.")
     if not 0 <= start <= end <= 1:
@@ -267,6 +276,7 @@ def rotation(partitions: int) -> Plan:
     Args:
       partitions: number of parts, at least 2.
     """
+    check_whole("partitions", partitions, least=None)
     if partitions < 2:
         raise ValueError(f"partitions={partitions} must be at least 2: one part is dense.")
 

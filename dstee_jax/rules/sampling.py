@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.arguments import check_function, check_number
 from dstee_jax.rules.scores import Score
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf, at_least_float32
@@ -25,10 +26,18 @@ def sampled(score: Score, power: float | Callable[[jax.Array], jax.Array] = 1.0)
     Returns:
       A score: leaf -> float array of the leaf's shape, float32 or wider.
 
+    Raises:
+      ValueError: the score is no function of a leaf, or the power negative or no number.
+
     References:
       Kool et al., "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
       Sequences Without Replacement", 2019, Section 2.3.
     """
+    check_function("score", score, "one leaf", "scores.magnitude()")
+    if not callable(power):
+        check_number("power", power, "1.0")
+        if not power >= 0:
+            raise ValueError(f"power={power} must be 0 or more: 0 draws at random.")
 
     def keys(leaf: Leaf) -> jax.Array:
         value = score(leaf)
@@ -82,6 +91,8 @@ def subset(score: Score, share: float = 1.0) -> Score:
       `dstee.tiles(..., candidates=)`). Inputs and outputs are drawn uniformly; GraBo and GraEst,
       which draw them by activations and their gradients, are left out: a score sees neither.
     """
+    check_function("score", score, "one leaf", "scores.gradient()")
+    check_number("share", share, "1.0")
     if not share > 0:
         raise ValueError(f"share={share} must be above 0: 1 draws as many as are active.")
 

@@ -9,7 +9,9 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dstee_jax.arguments import check_function, check_number
 from dstee_jax.rules.scores import Score
 from dstee_jax.state import Leaf
 
@@ -35,6 +37,7 @@ def warm_up(steps: int = 100) -> Score:
       The update is scaled, as a summary of the paper has it. The authors' code multiplies the
       first moment itself, anew on each step.
     """
+    check_number("steps", steps, "100")
     if not steps >= 1:
         raise ValueError(f"steps={steps} must be 1 or more: 1 warms nothing up.")
     return lambda leaf: jnp.where(_later(leaf), jnp.minimum(_age(leaf) / steps, 1), 1)
@@ -67,6 +70,8 @@ def own_bias_correction(b1: float = 0.9, b2: float = 0.999) -> Score:
       Exact but for Adam's epsilon, which is scaled too, as is the weight decay of `adamw`. The
       first update counts 1, in the authors' code 2.
     """
+    check_number("b1", b1, "0.9")
+    check_number("b2", b2, "0.999")
     if not (0 <= b1 < 1 and 0 <= b2 < 1):
         raise ValueError(f"b1={b1} and b2={b2} must be in [0, 1), as 0.9 and 0.999.")
 
@@ -88,6 +93,9 @@ def density(power: float = 0.5) -> Score:
     Args:
       power: 0.5 in SMET's paper; its scripts use about 1.
 
+    Raises:
+      ValueError: it is no number, or the result is not finite in float32.
+
     Example:
       >>> import dstee_jax as dstee, jax, optax
       >>> tx = dstee.transform(optax.adam(1e-3), scale=dstee.scales.density(), sparsity=0.9,
@@ -96,18 +104,37 @@ def density(power: float = 0.5) -> Score:
     References:
       SMET, 2026, by a summary of the paper; off by default in its code.
     """
+    check_number("power", power, "0.5")
 
     def scale(leaf: Leaf) -> jax.Array:
         share = jnp.mean(leaf.mask, dtype=jnp.float32)
         if leaf.target is not None:
             share = jnp.float32(leaf.target / leaf.mask.size)
+            with np.errstate(over="ignore", divide="ignore"):
+                factor = np.float32(leaf.target / leaf.mask.size) ** np.float32(-power)
+            if not np.isfinite(factor):
+                raise ValueError(
+                    f"power={power} multiplies updates of a leaf of density "
+                    f"{leaf.target / leaf.mask.size:.3g} by {factor}: lower it, as 0.5."
+                )
         return jnp.full(leaf.mask.shape, share**-power)
 
     return scale
 
 
 def product(*scales: Score) -> Score:
-    """The product of some scales."""
+    """The product of some scales.
+
+    Args:
+      *scales: one or more, as `warm_up()`.
+
+    Raises:
+      ValueError: there is none, or one is no function of a leaf.
+    """
+    if not scales:
+        raise ValueError("a product of no scales: pass one or more, as scales.warm_up().")
+    for one in scales:
+        check_function("scale", one, "one leaf", "scales.warm_up()")
     return lambda leaf: functools.reduce(operator.mul, [scale(leaf) for scale in scales])
 
 

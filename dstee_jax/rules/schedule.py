@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import check_number, check_whole, is_number
+
 DropFraction = float | Callable[[jax.Array], jax.Array]
 
 
@@ -132,8 +134,8 @@ def _steps_between(every: Every, first: int, last: int) -> Sequence[int]:
 
 
 def _whole(every: int) -> int:
-    if every < 1 or every != int(every):
-        raise ValueError(f"every={every} must be an integer of 1 or more (None for no rounds).")
+    if not is_number(every) or every < 1 or every != int(every):
+        raise ValueError(f"every={every!r} must be an integer of 1 or more (None for no rounds).")
     return int(every)
 
 
@@ -147,6 +149,11 @@ def make_rounds(
     total_steps: int, drop_fraction: DropFraction, every: Every | None, start: float, stop: float
 ) -> Rounds:
     """Check the arguments of `transform` that say when and how much, and make a `Rounds`."""
+    check_whole("total_steps", total_steps, least=None)
+    check_number("start", start, "0.0")
+    check_number("stop", stop, "0.75")
+    if not callable(drop_fraction):
+        check_number("drop_fraction", drop_fraction, "0.3")
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} must be at least 1.")
     if not 0 <= start <= 1 or not 0 <= stop <= 1:
@@ -165,9 +172,11 @@ def make_rounds(
     )
     steps = _steps_between(every, first, last)
     if not steps:
+        of_every = f"no multiple of every={every}"
+        if callable(every):
+            of_every = f"no step of every, whose first is {_whole(every(0))},"
         raise ValueError(
-            f"no mask step: no {'step' if callable(every) else 'multiple'} of every={every} lies "
-            f"within start={start} and "
+            f"no mask step: {of_every} lies within start={start} and "
             f"stop={stop} of total_steps={total_steps}, which is [{first}, {last}]. Lower every, "
             "widen start and stop, or pass every=None for masks that stay fixed."
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dstee_jax.arguments import check_function, check_number
 from dstee_jax.selection.bisection import largest_of_all
 from dstee_jax.selection.parts import sharding_of
 from dstee_jax.state import Leaf, at_least_float32
@@ -49,10 +50,19 @@ def momentum() -> Score:
 def magnitude_and_gradient(weight: float = 1.0) -> Score:
     """|w| + weight * |g|: the drop rule of MEST.
 
+    Args:
+      weight: of the gradient, 0 or more.
+
+    Raises:
+      ValueError: it is negative, or no number.
+
     References:
       Yuan et al., "MEST: Accurate and Fast Memory-Economic Sparse Training Framework on the
       Edge", 2021, Section 3.
     """
+    check_number("weight", weight, "1.0")
+    if not weight >= 0:
+        raise ValueError(f"weight={weight} must be 0 or more: 0 is magnitude alone.")
     return lambda leaf: jnp.abs(leaf.param) + weight * jnp.abs(leaf.grad)
 
 
@@ -79,6 +89,7 @@ def two_sided(fraction: float = 0.3) -> Score:
       Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
       connectivity inspired by network science", 2018, Algorithm 1.
     """
+    check_number("fraction", fraction, "0.3")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction={fraction} must be in [0, 1], as 0.3.")
 
@@ -118,6 +129,7 @@ def normalized(score: Score) -> Score:
       Lee et al., "JaxPruner: A Concise Library for Sparsity Research", 2023, whose global
       pruners do so; 1e-8 is added to the norm, as there.
     """
+    check_function("score", score, "one leaf", "scores.saliency()")
 
     def over_norm(leaf: Leaf) -> jax.Array:
         value = score(leaf)
@@ -185,6 +197,8 @@ def acquisition(
       Algorithm 1 writes the signed gradient where Eq. 1 writes the absolute one; the default
       follows Eq. 1.
     """
+    check_number("c", c, "1e-3")
+    check_number("eps", eps, "1.0")
     if not c >= 0:
         raise ValueError(f"c={c} must be 0 or more: 0 is growth by gradient alone.")
     if not eps > 0:

@@ -5,7 +5,7 @@ structure, under `plans.exchange`. They keep the count of every leaf, but for ab
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dstee_jax.arguments import check_whole, is_number
 from dstee_jax.rules import units
 from dstee_jax.selection.bisection import largest_bits
 from dstee_jax.selection.largest import largest
@@ -72,6 +73,9 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, for 2:4.
     """
+    check_whole("n", n)
+    check_whole("m", m)
+    check_whole("axis", axis, least=None)
     if not 1 <= n < m:
         raise ValueError(f"{n}:{m} is no N:M structure: n must be in [1, m), as 2:4.")
 
@@ -149,8 +153,9 @@ def tiles(
       Gray et al., "GPU Kernels for Block-Sparse Weights", 2017, for blocks of weights; here a
       column of tiles keeps its count, as a unit does in constant fan-in.
     """
-    if len(tile) != 2 or any(n != int(n) or n < 1 for n in tile):
-        raise ValueError(f"tiles={tile} must be two sizes of 1 or more, as (32, 32).")
+    pair = isinstance(tile, Sequence | np.ndarray) and len(tile) == 2
+    if not pair or any(not is_number(n) or n != int(n) or n < 1 for n in tile):
+        raise ValueError(f"tiles={tile!r} must be two sizes of 1 or more, as (32, 32).")
 
     def cut(shape: Shape) -> Shape:
         """The axes before the last two, then (rows of tiles, inputs, columns, outputs)."""
@@ -222,6 +227,7 @@ def constant_fan_in(*, output_axis: int = -1) -> Structure:
     Deviations:
       SRigL also ablates units whose weights matter little: `ablation`. Here all units stay.
     """
+    check_whole("output_axis", output_axis, least=None)
 
     def back(x: jax.Array, shape: Shape) -> jax.Array:
         return units.from_columns(x, shape, output_axis)

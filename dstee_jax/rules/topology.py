@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dstee_jax.rules.scores import Score
-from dstee_jax.selection.parts import sharding_of
+from dstee_jax.selection.parts import laid_as, sharding_of, whole
 from dstee_jax.state import Leaf, at_least_float32
 
 
@@ -151,8 +151,8 @@ def _by_paths(of_mask: Callable[[jax.Array], jax.Array]) -> Score:
 
     def score(leaf: Leaf) -> jax.Array:
         _check(leaf)
-        m = leaf.mask.astype(jnp.float32)
-        found = of_mask(m)
+        m = whole(leaf.mask).astype(jnp.float32)
+        found = laid_as(of_mask(m), leaf.mask)
         place = sharding_of(leaf.mask)
         last = -jax.random.uniform(leaf.key, m.shape, jnp.float32, out_sharding=place)
         return jnp.where(found > 0, found, last)

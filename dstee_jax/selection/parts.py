@@ -26,6 +26,18 @@ def sharding_of(x: jax.Array) -> NamedSharding | None:
     return jax.typeof(x).sharding if is_sharded(x) else None
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """x with all of it on every device of its Explicit mesh axes; as it is under Auto axes."""
+    if not is_sharded(x):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, P()))
+
+
+def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Undo `whole`: x over the Explicit mesh axes that `like`, of its shape, is split over."""
+    return jax.sharding.reshard(x, jax.typeof(like).sharding) if is_sharded(like) else x
+
+
 def varying_axes(x: jax.Array) -> set[str]:
     """The manual mesh axes over whose devices x may differ, as its type says."""
     return set(jax.typeof(x).manual_axis_type.varying)

@@ -8,7 +8,10 @@
     python -m experiments.report.figures theory        # from results/theory.jsonl
     python -m experiments.report.figures length        # from results/length.jsonl
     python -m experiments.report.figures tiles         # from results/tiles.jsonl
+    python -m experiments.report.figures linkpred      # from results/linkpred.jsonl
+    python -m experiments.report.figures lm            # from results/lm.jsonl
     python -m experiments.report.figures masks --work_dir DIR   # from a run's last checkpoint
+    python -m experiments.report.figures animation     # the masks of a training, as a GIF
 
 `--records FILE` draws other records, `--out DIR` writes elsewhere than docs/figures.
 """
@@ -24,6 +27,7 @@ import optax
 from rich.console import Console
 
 import dstee_jax as dstee
+from experiments.report import animation
 from experiments.studies import length as study
 from experiments.studies import tiles as tile_study
 from experiments.training import records
@@ -37,6 +41,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind people tell apart; markers differ too, for print.
 COLORS = {"rigl": "#0072B2", "dst_ee": "#D55E00", "set": "#E69F00", "static": "#999999"}
+COLORS |= {"dense": "#000000", "admm": "#009E73"}
 SEQUENCE = ["#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000"]
 MARKERS = "os^Dvx"
 LABELS = {"rigl": "RigL: gradient", "dst_ee": "DST-EE: acquisition", "set": "SET: random"}
@@ -267,6 +272,54 @@ def tiles(runs: list[dict]) -> Figure:
     return figure
 
 
+def linkpred(runs: list[dict]) -> Figure:
+    """Accuracy of link prediction by sparsity; a panel for each graph."""
+    fair = [run for run in runs if run["walks"] == "training edges"]
+    groups = records.group(fair, "graph")
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(3.6 * len(groups), 3.2), layout="constrained", squeeze=False
+    )
+    names = {"admm": "prune-from-dense", "dst_ee": "DST-EE"}
+    for axis, ((graph,), some) in zip(axes[0], groups.items(), strict=True):
+        for i, ((method,), mine) in enumerate(records.group(some, "method").items()):
+            cells = sorted(records.group(mine, "sparsity").items())
+            found = [[run["accuracy"] for run in cell] for _, cell in cells]
+            place = 100 * np.array([sparsity for (sparsity,), _ in cells])
+            mean, sd = (np.array([f(x) for x in found]) for f in (np.mean, np.std))
+            style = {"color": COLORS[method], "label": names.get(method, method)}
+            if method == "dense":
+                axis.axhline(mean[0], ls="--", **style)
+            else:
+                axis.errorbar(place, mean, sd, marker=MARKERS[i], capsize=3, **style)
+        axis.set(xlabel="sparsity (%)", title=graph)
+        axis.title.set_fontsize("medium")
+    axes[0, 0].set_ylabel("test accuracy (%)")
+    seeds = len(found[0])
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    where = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(handles, labels, title=f"{seeds} seeds, ± their standard deviation", **where)
+    return figure
+
+
+def lm(runs: list[dict]) -> Figure:
+    """Validation perplexity of the language model over training, a line for each method."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    groups = records.group(runs, "method")
+    for i, ((method,), some) in enumerate(groups.items()):
+        step = np.array(some[0]["history"])[:, 0]
+        mean = np.mean([np.array(run["history"])[:, 1] for run in some], axis=0)
+        style = {"color": COLORS[method], "marker": MARKERS[i], "ms": 5}
+        axis.plot(step, mean, label=LABELS.get(method, method), **style)
+    first, seeds = runs[-1], max(map(len, groups.values()))
+    axis.set(xlabel="step", ylabel="validation perplexity of a byte", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    what = f"{first['data']}, {first['sparsity']:.0%} sparse"
+    axis.set_title(f"{what}, {seeds} seed{'s' * (seeds > 1)}")
+    axis.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def _in_order(name: str) -> list[tuple[int, int, str]]:
     """For sorting layers: block 2 comes before block 10."""
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in name.split("/")]
@@ -313,6 +366,8 @@ DRAWN: dict[str, Callable[[list[dict]], Figure]] = {
     "theory": theory,
     "length": length,
     "tiles": tiles,
+    "linkpred": linkpred,
+    "lm": lm,
 }
 
 
@@ -329,11 +384,15 @@ def save(figure: Figure, path: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument("name", choices=[*DRAWN, "masks"])
+    parser.add_argument("name", choices=[*DRAWN, "masks", "animation"])
     parser.add_argument("--records", type=Path, help="default results/NAME.jsonl")
     parser.add_argument("--work_dir", type=Path, help="of the run, for masks")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"))
     args = parser.parse_args(argv)
+    if args.name == "animation":
+        gif = animation.draw(args.out / args.name)
+        conclude(Console(), "animation drawn", picture=gif)
+        return
     try:
         if args.name == "masks":
             if args.work_dir is None:
