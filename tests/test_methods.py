@@ -576,7 +576,7 @@ def _apportion(leaves):
     [
         (lambda: methods.mest_ems(elastic=0.5, **MAKE), "elastic=0.5 must be 1 or more"),
         (lambda: methods.mest_ems(**(MAKE | {"sparsity": {"a": 0.1}})), "one sparsity for the"),
-        (lambda: methods.set(zeta=1.5, **MAKE), "fraction=1.5 must be in"),
+        (lambda: methods.set(zeta=1.5, **MAKE), "zeta=1.5 must be a share"),
         (lambda: methods.mest(mutation=0.0, **MAKE), "mutation=0.0 must be a share of all"),
         (lambda: methods.gse(share=0.0, **MAKE), "share=0.0 must be above 0"),
         (lambda: methods.gap(partitions=1, **MAKE), "partitions=1 must be at least 2"),
