@@ -151,7 +151,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_sees_whole_kernels_runs_over_explicit_axes(name):
-    options = dict(sparsity=0.8, total_steps=20, every=2, key=jax.random.key(0)) | WHOLE[name]
+    options = dict(sparsity=0.8, total_steps=20, every=3, key=jax.random.key(0)) | WHOLE[name]
     make_of = options.pop("make")
     tx = make_of(optax.sgd(0.1), distribution=dstee.uniform, **options)
     specs = {"down": P(None, "tp"), "up": P("fsdp", "tp"), "all": P(None, "tp", "fsdp")}
@@ -167,7 +167,7 @@ def test_what_sees_whole_kernels_runs_over_explicit_axes(name):
     def run(params):
         state = first = tx.init(params)
         new = dstee.apply_masks(params, state)
-        for _ in range(3):
+        for _ in range(4):
             new, state = dstee.apply(tx, params, state, new)
         return first.masks, state.masks
 
