@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -71,3 +72,10 @@ def _makes_functions(value: Any) -> bool:
     """Whether value is a factory of the library's rules, as `scores.gradient`, and not a call."""
     name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", None) or ""
     return module.startswith("dstee_jax.rules.") and "<" not in name
+
+
+def as_numbers(sparsity: Any) -> Any:
+    """A checked sparsity, or those of a dict, as Python's numbers: none is an array within jit."""
+    if isinstance(sparsity, Mapping):
+        return {name: float(value) for name, value in sparsity.items()}
+    return float(sparsity)

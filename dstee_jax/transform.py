@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.arguments import check_flag, check_function, check_made, is_number
+from dstee_jax.arguments import as_numbers, check_flag, check_function, check_made, is_number
 from dstee_jax.engine.checks import check_restart, warn_of_packed
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.rule import Rule
@@ -242,7 +242,7 @@ def transform(
         rule=rule,
         rounds=rounds,
         key=key,
-        sparsity=distributions.as_numbers(0.0 if sparsity is None else sparsity),
+        sparsity=as_numbers(0.0 if sparsity is None else sparsity),
         distribution=distribution,
         where=where,
         masks=masks,

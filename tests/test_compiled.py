@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import dstee_jax as dstee
 from benchmarks import compiled, programs, targets
 from benchmarks.networks import shapes_of
+from experiments.training import records
 
 TPU, GPU = "tpu:v5e:2x2", "gpu:h100"
 EIGHT = {TPU: "tpu:v5e:2x4", GPU: "gpu:h100x8"}
@@ -186,3 +187,8 @@ def test_the_command(tmp_path, capsys):
     assert "names none of: optimizer.layer" in capsys.readouterr().err
     compiled.main(["--list"])
     assert "training.billion.mask_step" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_docs_are_those_of_the_records():
+    page = (records.RESULTS.parent / "docs" / "accelerators.md").read_text()
+    assert compiled.table(records.read(records.RESULTS / "compiled.jsonl"), compiled.SHORT) in page

@@ -6,7 +6,6 @@ leaves by path to a sparsity for each. `active_counts` turns it into exact integ
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from dstee_jax.arguments import is_number
 
@@ -133,13 +132,6 @@ def check_sparsity(sparsity: float | Mapping[str, float] | None) -> None:
             _check(value, f"sparsity of {name}")
     elif sparsity is not None:
         _check(sparsity, "sparsity")
-
-
-def as_numbers(sparsity: Any) -> Any:
-    """A checked sparsity, or those of a dict, as Python's numbers: none is an array within jit."""
-    if isinstance(sparsity, Mapping):
-        return {name: float(value) for name, value in sparsity.items()}
-    return float(sparsity)
 
 
 def _check(value: float, what: str) -> None:
