@@ -62,6 +62,8 @@ def programs() -> dict[str, Callable[[str], Program]]:
     for way in ("argsort", "top_k", "bisection"):
         for k in (35_000, 235_000):
             found[f"selection.{way}.{k}"] = functools.partial(selection, way, k)
+        small = functools.partial(selection, way, 250, shape=(256, 256))
+        found[f"selection.{way}.small"] = small
     found["product.dense"] = product
     for side in (128, 256, 512):
         found[f"product.tiles_{side}"] = functools.partial(product, side)
@@ -149,9 +151,11 @@ def optimizer(
     return Program(step, (params, placed(state, one), params))
 
 
-def selection(way: str, k: int, *, target: str) -> Program:
-    """`drop_and_grow` of one array of 2.36 M scores, or two argsorts."""
-    one, shape = one_device(target), (3, 3, 512, 512)
+def selection(
+    way: str, k: int, *, target: str, shape: tuple[int, ...] = (3, 3, 512, 512)
+) -> Program:
+    """`drop_and_grow` of one array, by default of 2.36 M scores, or two argsorts."""
+    one = one_device(target)
     scores = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=one)
     args = jax.ShapeDtypeStruct(shape, bool, sharding=one), scores, scores
     if way == "argsort":
