@@ -232,7 +232,7 @@ class Learner:
         else:  # one device's part of the batch
             mine = state._replace(params=jax.lax.pcast(state.params, self.axis, to="varying"))
             (loss, stats), grads = self._grads(mine, x, y)
-            dense = mask_step or None if self.dense_between else mask_step
+            dense = (mask_step or None) if self.dense_between else mask_step
             grads = dstee.pmean(grads, state.opt_state, self.axis, dense=dense)
             loss, stats = jax.lax.pmean((loss, stats), self.axis)
         params, opt_state = dstee.apply(
