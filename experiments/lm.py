@@ -36,6 +36,7 @@ import functools
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ from experiments.training.transformer import Transformer, in_blocks, stack_axes
 # Methods that keep the count of every layer, as stacked layers ask for.
 METHODS = ("dense", "static", "set", "set_itop", "mest", "rigl", "rigl_itop", "dst_ee")
 EVALUATIONS = 5  # on the validation part, over a training
+State = tuple[Any, Any, Any]  # parameters, tiles, state of the optimizer
 
 
 def losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -87,119 +89,171 @@ def perplexity(total_loss: Any, params: Any, part: np.ndarray, length: int, batc
     return math.exp(math.fsum(float(total_loss(params, *arrays)) for arrays in cut) / len(part))
 
 
+class Trainer:
+    """A network, its optimizer and the programs of a run of one seed.
+
+    A state is (parameters, tiles, state of the optimizer); between steps kernels lie in their
+    tiles, if `--tiles` asks for some.
+    """
+
+    def __init__(self, args: argparse.Namespace, seed: int = 0, **options: Any):
+        """`options`: of the method, beside those of the command line."""
+        self.args, self.key = args, jax.random.key(seed)
+        shapes = nnx.eval_shape(self._model)
+        self.graph, self.shapes, _ = nnx.split(shapes, nnx.Param, TileIndex)
+        warmup = max(args.steps // 20, 1)
+        rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
+        self.tx = optimizer(
+            args.method,
+            optax.chain(
+                optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=args.weight_decay)
+            ),
+            sparsity=args.sparsity,
+            total_steps=args.steps,
+            key=jax.random.fold_in(self.key, 1),
+            where=in_blocks,
+            stack_axes=stack_axes,
+            tiles=(args.tiles, args.tiles) if args.tiles else None,
+            **given_options(args) | options,
+        )
+        self.mask_steps = mask_steps(args.method, self.tx)
+        self.dense_steps = dstee.dense_steps_of(self.tx) if args.tiles else ()
+
+    def _model(self) -> Transformer:
+        args = self.args
+        return Transformer(
+            *(args.layers, args.width, args.heads, args.length),
+            tiled=args.tiles is not None,
+            dtype=jnp.bfloat16 if args.bf16 else jnp.float32,
+            rngs=nnx.Rngs(jax.random.fold_in(self.key, 0)),
+        )
+
+    def init(self) -> State:
+        """The state before the first step, sparse already."""
+        params, tiles = nnx.split(self._model(), nnx.Param, TileIndex)[1:]
+        opt_state = jax.jit(self.tx.init)(params)
+        if dstee.get_states(opt_state):
+            params = dstee.rescale(params, opt_state) if self.args.rescale else params
+            params = dstee.apply_masks(params, opt_state)
+        if self.args.tiles:
+            params, tiles = self._changed(set_tiles, params, tiles, opt_state)
+        return params, tiles, opt_state
+
+    def step(self, i: int, state: State, tokens: np.ndarray) -> tuple[State, jax.Array]:
+        """Step `i`, from 1, on windows of bytes (batch, length + 1); the new state, the loss."""
+        params, tiles, opt_state = state
+        if i in self.dense_steps:
+            params, tiles = self._changed(set_dense, params, tiles)
+        params, opt_state, loss = self._step(
+            params, tiles, opt_state, tokens, mask_step=i in self.mask_steps
+        )
+        if i in self.dense_steps:
+            params, tiles = self._changed(set_tiles, params, tiles, opt_state)
+        return (params, tiles, opt_state), loss
+
+    def perplexity(self, state: State, part: np.ndarray) -> float:
+        """exp of the mean loss of a byte of `part`, each counted once."""
+        args = self.args
+        return perplexity(self.total_loss, state, part, args.length, args.batch)
+
+    def _predict(self, params: Any, tiles: Any, inputs: jax.Array) -> jax.Array:
+        return nnx.merge(self.graph, params, tiles, copy=True)(inputs)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _changed(self, form: Callable, params: Any, tiles: Any, *opt_state: Any) -> Any:
+        """Parameters and tiles after `set_tiles` or `set_dense`."""
+        model = nnx.merge(self.graph, params, tiles)
+        form(model, *opt_state)
+        return nnx.split(model, nnx.Param, TileIndex)[1:]
+
+    @functools.partial(
+        jax.jit, static_argnums=0, static_argnames="mask_step", donate_argnums=(1, 3)
+    )
+    def _step(self, params: Any, tiles: Any, opt_state: Any, tokens: jax.Array, mask_step: bool):
+        def loss_of(params):
+            return losses(self._predict(params, tiles, tokens[:, :-1]), tokens[:, 1:]).mean()
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        params, opt_state = dstee.apply(self.tx, grads, opt_state, params, mask_step=mask_step)
+        return params, opt_state, loss
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def total_loss(
+        self, state: State, inputs: jax.Array, targets: jax.Array, counted: jax.Array
+    ) -> jax.Array:
+        """Sum of the losses of the bytes that count; all (windows, length)."""
+        return jnp.sum(losses(self._predict(*state[:2], inputs), targets), where=counted)
+
+
+def batches(args: argparse.Namespace, text: texts.Text, seed: int) -> Iterator[np.ndarray]:
+    """Windows of a step at random places, int32 (batch, length + 1), for each step."""
+    rng, window = np.random.default_rng(seed), np.arange(args.length + 1)
+    for _ in range(args.steps):
+        starts = rng.integers(0, len(text.train) - args.length, args.batch)
+        yield text.train[starts[:, None] + window].astype(np.int32)
+
+
+def settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """What a record says of its run."""
+    named = ("method", "sparsity", "tiles", "steps", "batch", "length", "layers", "width", "heads")
+    named += ("learning_rate", "weight_decay", "rescale", "bf16")
+    return {**{name: getattr(args, name) for name in named}, "seed": seed}
+
+
+def checkpoints(args: argparse.Namespace, text: texts.Text, seed: int) -> Checkpoints | None:
+    """Those of `--work_dir`, where only the same command goes on."""
+    if not args.work_dir:
+        return None
+    own = settings(args, seed) | given_options(args) | {"text": texts.describe(text)["sha256"]}
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    check_same_command(argparse.Namespace(work_dir=args.work_dir, **own), {"work_dir"})
+    return Checkpoints(args.work_dir, keep=True)
+
+
 def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, Any]:
     """Train one seed, evaluate now and then, and return the record."""
     console = Console(quiet=args.quiet)
     begin, print_ = time.perf_counter(), console.print
-    key, rng = jax.random.key(seed), np.random.default_rng(seed)
-    model = Transformer(
-        *(args.layers, args.width, args.heads, args.length),
-        tiled=args.tiles is not None,
-        dtype=jnp.bfloat16 if args.bf16 else jnp.float32,
-        rngs=nnx.Rngs(jax.random.fold_in(key, 0)),
-    )
-    graph, params, tiles = nnx.split(model, nnx.Param, TileIndex)
-    shapes = jax.eval_shape(lambda: params)
-    warmup = max(args.steps // 20, 1)
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, warmup, args.steps)
-    options = given_options(args)
-    tx = optimizer(
-        args.method,
-        optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=args.weight_decay)
-        ),
-        sparsity=args.sparsity,
-        total_steps=args.steps,
-        key=jax.random.fold_in(key, 1),
-        where=in_blocks,
-        stack_axes=stack_axes,
-        tiles=(args.tiles, args.tiles) if args.tiles else None,
-        **options,
-    )
-    rounds = mask_steps(args.method, tx)
-    dense_steps = dstee.dense_steps_of(tx) if args.tiles else ()
-    opt_state = jax.jit(tx.init)(params)
-    if dstee.get_states(opt_state):
-        params = dstee.rescale(params, opt_state) if args.rescale else params
-        params = dstee.apply_masks(params, opt_state)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def changed(form, params, tiles, *opt_state):
-        model = nnx.merge(graph, params, tiles)
-        form(model, *opt_state)
-        return nnx.split(model, nnx.Param, TileIndex)[1:]
-
-    def predict(params, tiles, inputs):
-        return nnx.merge(graph, params, tiles, copy=True)(inputs)
-
-    @functools.partial(jax.jit, static_argnames="mask_step", donate_argnums=(0, 2))
-    def step(params, tiles, opt_state, tokens, mask_step):
-        def loss_of(params):
-            return losses(predict(params, tiles, tokens[:, :-1]), tokens[:, 1:]).mean()
-
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        params, opt_state = dstee.apply(tx, grads, opt_state, params, mask_step=mask_step)
-        return params, opt_state, loss
-
-    @jax.jit
-    def total_loss(network, inputs, targets, counted):
-        return jnp.sum(losses(predict(*network, inputs), targets), where=counted)
-
-    evaluate = functools.partial(perplexity, total_loss, length=args.length, batch=args.batch)
-    print_(f"{args.method}, seed {seed}: {count_weights(shapes):,} parameters")
-    history, window, first = [], np.arange(args.length + 1), 0
-    named = ("method", "sparsity", "tiles", "steps", "batch", "length", "layers", "width", "heads")
-    named += ("learning_rate", "weight_decay", "rescale", "bf16")
-    settings = {**{name: getattr(args, name) for name in named}, "seed": seed}
-    if args.tiles:
-        params, tiles = changed(set_tiles, params, tiles, opt_state)
-    if args.work_dir:
-        own = settings | options | {"text": texts.describe(text)["sha256"]}
-        args.work_dir.mkdir(parents=True, exist_ok=True)
-        check_same_command(argparse.Namespace(work_dir=args.work_dir, **own), {"work_dir"})
-        store = Checkpoints(args.work_dir, keep=True)
-        if first := store.latest() or 0:
-            (params, tiles, opt_state), notes = store.restore((params, tiles, opt_state))
-            dstee.check(tx, opt_state, shapes)
-            history, begin = notes["history"], begin - notes["seconds"]
+    trainer = Trainer(args, seed)
+    state, history, first = trainer.init(), [], 0
+    print_(f"{args.method}, seed {seed}: {count_weights(trainer.shapes):,} parameters")
+    if (store := checkpoints(args, text, seed)) and (first := store.latest() or 0):
+        state, notes = store.restore(state)
+        dstee.check(trainer.tx, state[2], trainer.shapes)
+        history, begin = notes["history"], begin - notes["seconds"]
+    data = batches(args, text, seed)
     for i in over(range(1, args.steps + 1), f"{args.method}, seed {seed}", console):
-        starts = rng.integers(0, len(text.train) - args.length, args.batch)
+        tokens = next(data)
         if i <= first:
             continue
-        tokens = text.train[starts[:, None] + window].astype(np.int32)
-        if i in dense_steps:
-            params, tiles = changed(set_dense, params, tiles)
-        params, opt_state, loss = step(params, tiles, opt_state, tokens, mask_step=i in rounds)
-        if i in dense_steps:
-            params, tiles = changed(set_tiles, params, tiles, opt_state)
+        state, loss = trainer.step(i, state, tokens)
         if i % max(args.steps // EVALUATIONS, 1) == 0 or i == args.steps:
             if not np.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
                 )
-            explored = float(measures(params, opt_state)[1])
-            found = evaluate((params, tiles), text.validation)
+            explored = float(measures(state[0], state[2])[1])
+            found = trainer.perplexity(state, text.validation)
             history.append([i, round(found, 4), round(explored, 4)])
             seconds = time.perf_counter() - begin
             print_(
                 f"step {i}/{args.steps}  loss {loss:.3f}  validation perplexity "
                 f"{history[-1][1]:.3f}  R {explored:.3f}  {seconds:.0f} s"
             )
-            if args.work_dir:
-                notes = {"history": history, "seconds": seconds}
-                store.save(i, (params, tiles, opt_state), notes)
-    test = evaluate((params, tiles), text.test)
+            if store:
+                store.save(i, state, {"history": history, "seconds": seconds})
+    test = trainer.perplexity(state, text.test)
     print_(f"test perplexity {test:.3f}")
-    if dstee.get_states(opt_state):
-        print_(dstee.summary(opt_state, shapes))
+    if dstee.get_states(state[2]):
+        print_(dstee.summary(state[2], trainer.shapes))
     return {
-        **settings,
+        **settings(args, seed),
         "data": args.note or ("files" if args.text else "Python's documentation"),
         "text": texts.describe(text),
-        "options": options,
+        "options": given_options(args),
         "perplexity": round(test, 4),
         "validation_perplexity": history[-1][1],
-        "density": round(float(measures(params, opt_state)[0]), 6),
+        "density": round(float(measures(state[0], state[2])[0]), 6),
         "R": history[-1][2],
         "seconds": round(time.perf_counter() - begin, 1),
         "history": history,

@@ -30,18 +30,18 @@ def release_programs():
     jax.clear_caches()
 
 
-@pytest.fixture
-def quick_compilation():
-    """Programs compiled without LLVM's optimisations: for tests that compile more than they run.
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Programs are compiled without LLVM's optimisations: tests compile more than they run.
 
-    For tests of the experiments, and those of the library that go through many settings and ask
-    for counts and zeros; those against oracles compile as users do. XLA's passes are the same.
-    JAX_DISABLE_MOST_OPTIMIZATIONS=0 has everything compiled as users do.
+    XLA's passes are the same. Tests marked `optimized` compile as users do, and all do with
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0.
     """
     import jax
 
     name = "jax_disable_most_optimizations"
+    optimized = request.node.get_closest_marker("optimized") is not None
     before = jax.config.read(name)
-    jax.config.update(name, os.environ.get(name.upper(), "1") != "0")
+    jax.config.update(name, not optimized and os.environ.get(name.upper(), "1") != "0")
     yield
     jax.config.update(name, before)

@@ -107,7 +107,6 @@ def test_rounds(gamma, of_dense):
     assert any(revived) or gamma == 0.3
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_convolutions_stacked_layers_and_outputs_first(axis):
     if axis == 0:

@@ -11,7 +11,6 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import methods, structures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 
 

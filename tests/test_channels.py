@@ -52,7 +52,6 @@ def test_a_round_exchanges_the_units_of_lowest_and_highest_sums(output_axis):
     np.testing.assert_array_equal(new.all(inputs), expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("packed", [False, True])
 def test_units_are_whole_in_convolutions_and_stacked_layers(packed):
     params = {

@@ -15,6 +15,7 @@ from benchmarks import compiled, programs, targets
 from benchmarks.networks import shapes_of
 from experiments.training import records
 
+pytestmark = pytest.mark.optimized
 TPU, GPU = "tpu:v5e:2x2", "gpu:h100"
 EIGHT = {TPU: "tpu:v5e:2x4", GPU: "gpu:h100x8"}
 SHAPES = [(3, 3, 64, 256), (512, 1024), (1024, 256)]

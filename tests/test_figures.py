@@ -17,7 +17,6 @@ from experiments.studies import ablation, exploitation, figure1, theory
 from experiments.training import records
 from experiments.training.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 
 

@@ -208,7 +208,6 @@ def test_neighbours_are_near():
     assert alike[same].mean() > alike[~same].mean() + 0.5
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_command(tmp_path, capsys):
     # Four groups with edges inside, non-edges mostly between them: there is something to learn.
     ends = RNG.integers(0, 30, (4000, 2)) + 30 * RNG.integers(0, 4, (4000, 1))

@@ -177,7 +177,6 @@ def test_the_network_in_tiles_is_the_same_network(model):
     np.testing.assert_allclose(tiled(tokens), masked, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, monkeypatch):
     saved = []
     save = lm.Checkpoints.save

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import dstee_jax as dstee
 from dstee_jax.engine.moments import owners
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FIELDS = ["mu", "nu", "trace", "count", "inner_state", "masks", "z", "head"]
 
 

@@ -525,7 +525,6 @@ MOVING = {
 }
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("sparsity", [0.6, 0.9])
 @pytest.mark.parametrize("name", MOVING)
 def test_totals_and_zeros(name, sparsity):

@@ -397,7 +397,6 @@ def same(ours, theirs):
     jax.tree.map(one, ours, theirs)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_three_mask_steps(name):
     """With `update_weights` and without: the reference, counts, zeros, one program."""
@@ -487,7 +486,6 @@ def test_gradients_of_single_examples_go_through_a_link_before():
     same(ours, jax.tree.map(lambda m, u: jnp.where(m, u, 0), masks, theirs))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", LIMITS)
 def test_limits_are_none_with_update_weights(name):
     """On mask steps that exchange nothing it is then the optimizer itself, on fixed masks.
@@ -602,7 +600,6 @@ def test_the_page_has_the_table():
     )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", FIGURES)
 def test_first_updates_of_a_grown_weight(name):
     (row,) = [row for row in on_the_page() if row[0] == f"`{name}`"]

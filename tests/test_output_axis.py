@@ -11,7 +11,6 @@ import dstee_jax as dstee
 from dstee_jax import at_init, scores, structures
 from dstee_jax.rules import units
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 SHAPES = {"conv": (3, 3, 8, 16), "dense": (20, 12)}
 

@@ -17,7 +17,6 @@ from dstee_jax.selection import bisection
 from dstee_jax.trees import expanded
 from tests import oracle
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 SHAPES = {"a": {"kernel": (16, 24)}, "b": {"kernel": (3, 4, 5)}, "bias": (24,)}
 

@@ -27,7 +27,6 @@ def run_blocks(path, namespace=None):
     return namespace
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_python_blocks_run(capsys):
     assert len(blocks_of(README)) == 3
     namespace = run_blocks(README)
@@ -42,7 +41,6 @@ def test_python_blocks_run(capsys):
     assert int(dstee.get_state(optimizer.opt_state).count) == 3
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", ["recipes", "getting_started", "write_a_method", "resume"])
 def test_blocks_of_a_guide_run(page, capsys):
     path = README.parent / "docs" / f"{page}.md"
@@ -104,7 +102,6 @@ def test_blocks_of_the_methods_page_run():
     assert int(namespace["momentum_gmp"].init(params).masks["kernel"].sum()) == 64
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_blocks_of_the_jaxpruner_page_run(capsys):
     page = README.parent / "docs" / "from_jaxpruner.md"
     namespace = run_blocks(page)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from dstee_jax import methods
 
+pytestmark = pytest.mark.optimized
 TRACE = Path(__file__).parent / "data" / "rigl_itop_digits.npz"
 EVERY, STEPS = 40, 800
 

@@ -13,6 +13,7 @@ from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.selection.largest import largest
 from tests import oracle
 
+pytestmark = pytest.mark.optimized
 WAYS = ("top_k", "bisection")
 jitted_largest = jax.jit(largest, static_argnums=(2, 3))  # one program for all k
 

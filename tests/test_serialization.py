@@ -24,7 +24,6 @@ from dstee_jax import exporting
 from dstee_jax.state import wrap_key
 from experiments.training.checkpoints import Checkpoints
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 PARAMS = {"kernel": jnp.linspace(-1, 1, 96).reshape(8, 12), "bias": jnp.zeros(12)}
 KEYS = {
     "threefry": lambda: jax.random.key(3),

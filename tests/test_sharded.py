@@ -17,7 +17,6 @@ from benchmarks.collectives import collectives
 from dstee_jax import methods, scores, structures
 from tests.test_packed import close, equal, make, tree
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Two matrices of one shape that lie in different ways, stacked layers, and a bias.
 SHAPES = {"up": {"kernel": (16, 16)}, "out": {"kernel": (16, 16)}, "all": {"kernel": (3, 8, 12)}}
 SPECS = {"up": P("fsdp", "tp"), "out": P("tp", "fsdp"), "all": P(None, None, "fsdp"), "bias": P()}

@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 import dstee_jax as dstee
 from dstee_jax import at_init, memory, methods, plans, scales, scores, soft_threshold, structures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @contextlib.contextmanager
 def no_promotion():

@@ -40,7 +40,6 @@ def has_structure(name, mask):
     return len(set(mask.reshape(-1, mask.shape[-1]).sum(0).tolist())) == 1
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("grow", [scores.gradient(), scores.random(), scores.acquisition()])
 @pytest.mark.parametrize("regrow", [False, True])
 @pytest.mark.parametrize("name", CASES)

@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dstee_jax import scales
 from experiments import linkpred, mlp
 from experiments.report import figures, table, table1
-from experiments.studies import ablation, growth, length, queue, tiles
+from experiments.studies import ablation, growth, length, queue, spikes, tiles
 from experiments.training import records
 from tests.tiny_datasets import write_cifar, write_mnist
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # Raised inside tensorflow-datasets, by its own dependencies.
-    pytest.mark.filterwarnings("default::DeprecationWarning"),
-]
+# Raised inside tensorflow-datasets, by its own dependencies.
+pytestmark = pytest.mark.filterwarnings("default::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +178,24 @@ def test_the_growth_study(tmp_path, data_dir, monkeypatch, capsys):
     assert run["grown"][0] == run["grown"][1] > 0  # what the drop fraction says, for every seed
     assert all(0 <= x <= 100 for name in growth.SHARES for x in run[name])
     assert run["dead"] == [0, 0]  # noise has no constant pixel
+
+
+def test_jumps_of_a_language_models_loss(tmp_path, monkeypatch, capsys):
+    (tmp_path / "words").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    monkeypatch.setattr(spikes, "METHODS", ("set",))
+    monkeypatch.setattr(spikes, "SCALES", {"none": None, "warm-up": scales.warm_up(4)})
+    monkeypatch.setattr(spikes, "AFTER", (0, 1, 2))
+    monkeypatch.setattr(spikes, "PROBE", 4)
+    results = tmp_path / "spikes.jsonl"
+    options = ["--steps=16", "--every=4", "--seeds=1", f"--results={results}"]
+    spikes.main([*options, "--text", str(tmp_path / "words")])
+    none, warm = records.read(results)
+    assert none["scale"] == "none"
+    assert np.shape(none["jumps"]) == (3, 3)  # updates at steps 4, 8 and 12
+    first, second = np.array(none["jumps"]), np.array(warm["jumps"])
+    assert first[0, 0] == second[0, 0] != 0  # until then nothing had been grown
+    assert (first[0, 1:] != second[0, 1:]).all()
+    assert "| set | warm-up |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        spikes.main(["--every=2"])
+    assert "--every 2 must be more than 2" in capsys.readouterr().err

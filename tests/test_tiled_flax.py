@@ -24,8 +24,6 @@ Y = jax.random.normal(jax.random.key(2), (6, 8))
 LAYERS = 3
 STEPS = 5  # the second and the fourth are mask steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def make(**options):
     """An optimizer whose masks are of tiles of 4 x 4."""

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 import dstee_jax as dstee
 from dstee_jax import scores, structures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 KEY = jax.random.key(0)
 
 

@@ -7,8 +7,6 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax.tiling import pays
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CASES = {
     "layer": ((8, 32), (32, 16), {}),
     "tokens": ((2, 4, 32), (32, 16), {}),

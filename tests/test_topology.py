@@ -198,7 +198,6 @@ def without_chains(first, second):
         first[:, dead], second[dead] = False, False
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_chain_removal_takes_the_links_of_units_without_inputs_or_outputs():
     chain = ("a/kernel", "b/kernel")
     tx = methods.cht(
@@ -252,7 +251,6 @@ def test_linked_goes_on_along_the_chain(widths):
     assert plans.linked(names, names, masks)[1] is dense
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ["cht", "chts"])
 def test_counts_come_back_and_dense_leaves_stay(name):
     tx = getattr(methods, name)(

@@ -103,7 +103,6 @@ def test_set_agrees_with_the_numpy_oracle(regrow):
     np.testing.assert_array_equal(after.masks["a"]["kernel"], expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @settings(
     max_examples=12,
     deadline=None,

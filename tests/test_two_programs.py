@@ -11,7 +11,6 @@ import pytest
 import dstee_jax as dstee
 from experiments.training.methods import METHODS, mask_steps, optimizer, segments
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 STEPS = 60
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(64, 12)).astype(np.float32), RNG.normal(size=(64, 6)).astype(np.float32)

@@ -10,7 +10,6 @@ from sklearn.datasets import load_sample_images
 # Marks of tests that run experiments: programs are compiled quickly; the warnings are raised inside
 # tensorflow-datasets, grain and orbax, by their own dependencies.
 MARKS = [
-    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::UserWarning"),
     pytest.mark.filterwarnings("default::ResourceWarning"),

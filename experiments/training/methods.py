@@ -121,15 +121,15 @@ def optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` made sparse by the method of that name; `inner` alone for 'dense'.
 
-    Options that the method does not have are left out; `distribution`, `where` and `stack_axes`
-    are for all. `masks` are those of `first_masks`; `selection` and `indices` are
+    Options that the method does not have are left out; `distribution`, `where`, `stack_axes` and
+    `scale` are for all. `masks` are those of `first_masks`; `selection` and `indices` are
     `dstee.transform`'s. `tiles`: of active weights, for kernels that they divide; the others
     stay dense, and moments are packed.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
         return optax.with_extra_args_support(inner)
-    names = (*names, "distribution", "where", "stack_axes")
+    names = (*names, "distribution", "where", "stack_axes", "scale")
     options = {name: value for name, value in options.items() if name in names}
     for name, named in (("structure", STRUCTURES), ("distribution", DISTRIBUTIONS)):
         if options.get(name):
