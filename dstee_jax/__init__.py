@@ -46,7 +46,7 @@ from dstee_jax.rules.schedule import mask_steps
 from dstee_jax.selection.drop_and_grow import drop_and_grow
 from dstee_jax.state import Leaf, SparseState, get_state, get_states, seed_axes
 from dstee_jax.tiling.forms import no_tiles, tiles, to_dense, to_tiles
-from dstee_jax.tiling.pays import tiles_pay
+from dstee_jax.tiling.pays import TilesPay, tiles_pay
 from dstee_jax.tiling.products import conv, matmul
 from dstee_jax.tiling.tiles import Tiles
 from dstee_jax.transform import dense_steps_of, mask_steps_of, transform
@@ -60,6 +60,7 @@ __all__ = [
     "Shrunk",
     "SparseState",
     "Tiles",
+    "TilesPay",
     "apply",
     "apply_masks",
     "at_init",

@@ -174,6 +174,6 @@ def key_data(key: jax.Array) -> jax.Array:
 def wrap_key(data: jax.Array, like: jax.Array) -> jax.Array:
     """A typed key from its data, of the implementation of another; a typed one as it is."""
     if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
-        return data  # of a checkpoint from before 0.2
+        return data  # of an older checkpoint
     typed = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like) if typed else None)

@@ -68,10 +68,11 @@ def transform(
     exactly zero (if it was finite). This holds only if nothing rescales the updates afterwards:
     `transform` wraps the whole optimizer (best) or is the last link of an `optax.chain`.
 
-    With `inner`, the gradient that reaches it is masked, and what it keeps of inactive weights
-    stays at the initial value. Without it, the updates that come down the chain are masked,
-    and scores that read the gradient need it as the extra argument `grad=` (inside
-    `optax.MultiSteps` that is the last micro-batch's: wrap the optimizer there).
+    With `inner`, the gradient that reaches it is masked; what it keeps of inactive weights is not
+    looked at, and a mask step starts that of what it drops and grows anew. Without it, the updates
+    that come down the chain are masked, and scores that read the gradient need it as the extra
+    argument `grad=` (inside `optax.MultiSteps` that is the last micro-batch's: wrap the optimizer
+    there).
 
     Weights whose score is NaN or infinite never grow. A mask step on which no gradient is finite
     exchanges nothing and, like any mask step, updates nothing.
@@ -92,8 +93,9 @@ def transform(
       drop_fraction: share of a leaf's active weights dropped in a round. A number in [0, 1] is
         where a cosine that ends at zero at `stop` starts; a callable is an optax schedule of
         the step. k = floor(fraction * active), at least 1 while the fraction is above 0.
-      every: steps between rounds (the paper's ΔT), at least 1; None for no rounds at all; a
-        callable takes a mask step (0 at first) and returns the steps until the next.
+      every: steps between rounds (the paper's ΔT), at least 2 (1 with `update_weights`); None for
+        no rounds at all; a callable takes a mask step (0 at first) and returns the steps until
+        the next.
       start: share of `total_steps` before which there is no round, in [0, 1].
       stop: share of `total_steps` after which there is no round, in [start, 1].
       regrow: whether a weight dropped in a round may be grown in it.
@@ -109,8 +111,8 @@ def transform(
       scale: a function of a leaf, as a score is, that multiplies the updates of active weights
         after `inner`, as `scales.warm_up(100)`, so that what has just grown starts slowly. Takes 4
         bytes a weight, for the step at which it was grown. Not with `packed`.
-      structure: which masks are allowed, as `structures.tiles((32, 32))`; default any. Needs the
-        default plan.
+      structure: which masks are allowed, as `structures.tiles((32, 32))`; default any. Needs
+        a plan that exchanges, as the default does.
       counter_init: `'masks'`: counters start at the first mask; `'zeros'`: at zero (then
         `exploration_degree` does not see the first mask).
       counter_update: `'new'`: a round adds the new mask to the counters; `'old'`: the mask

@@ -65,6 +65,9 @@ def mask_leaves(masks: PyTree, params: PyTree) -> list[Any]:
 
     Compares paths, not tree types. A MaskedNode in `params` is what `optax.masked` leaves there:
     not a leaf. One in `masks` stands for all that `params` has below it.
+
+    Raises:
+      ValueError: masks and parameters do not have the same paths; names one.
     """
     given = {path_parts(path): mask for path, mask in leaves_with_path(masks)}
     flat, unused = [], {path for path, mask in given.items() if not is_dense(mask)}

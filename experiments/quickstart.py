@@ -2,7 +2,7 @@
 
     python -m experiments.quickstart
 
-About a minute on 2 CPU cores. Prints a table (test accuracy in percent, mean ± standard
+About two minutes on 2 CPU cores. Prints a table (test accuracy in percent, mean ± standard
 deviation over the seeds) and the path of a picture. `--methods all` runs every method;
 `--record` appends the runs to results/digits.jsonl. The network is an MLP 64-256-128-10; 60% of
 the 1,797 images train, 20% are for validation (`--split validation`), 20% for the test.
@@ -178,7 +178,7 @@ def train(
     def over_seeds(opt_state):
         """`ahead` and `evaluate` of all seeds at once.
 
-        The step counters stay unbatched, so that the mask update stays behind its lax.cond.
+        The step counters stay unbatched, so that the mask update stays a loop of no or one round.
         """
         axes = dstee.seed_axes(opt_state)
 

@@ -30,17 +30,16 @@ def carry_over(
     opt_state: PyTree,
     tx: optax.GradientTransformation,
     params: PyTree,
-    *,
-    key: jax.Array | None = None,
 ) -> PyTree:
     """A state of another optimizer that goes on where a state is: other sparsity, dense, sparse.
 
-    Where fewer weights are to be active, those of largest magnitude stay; where more, all stay
-    and others grow at random, at zero. Weights that stay keep their moments and counters, what
-    has grown starts as new, and step counts go on, so that schedules keep their place: give `tx`
-    the `total_steps` of the whole training. What a method keeps of its own (memory, plan, summed
-    gradients) is kept if the new one keeps the same. Then make the parameters fit:
-    `params = dstee.apply_masks(params, opt_state)`.
+    Where fewer weights are to be active, those of largest magnitude stay; where more, all stay and
+    others grow at random, at zero. Weights that stay keep their moments and counters, what has
+    grown starts as new, and step counts go on, so that schedules keep their place: from a sparse
+    state give `tx` the `total_steps` of the whole training. From a dense one the optimizer's count
+    goes on and rounds count from 0: give it those still to come. What a method keeps of its own
+    (memory, plan, summed gradients) is kept if the new one keeps the same. Then make the parameters
+    fit: `params = dstee.apply_masks(params, opt_state)`.
 
     Args:
       opt_state: the state, sparse or dense, packed or not; made by an optimizer that is as `tx`

@@ -52,7 +52,12 @@ def to_bcsr(kernel: Any, mask: Any | None = None) -> sparse.BCSR:
 
     JAX multiplies a BCSR from the left alone: `x @ kernel` is `(to_bcsr(kernel.T) @ x.T).T`.
 
-    Args and errors: as for `to_scipy`.
+    Args:
+      kernel: shape (in, out).
+      mask: bool, the kernel's shape: what it has as active is kept; without one, what is not zero.
+
+    Raises:
+      ValueError: the kernel does not have two axes, or the mask does not fit.
     """
     data, indices, indptr = map(jax.numpy.asarray, _rows(kernel, mask))
     return sparse.BCSR((data, indices, indptr), shape=kernel.shape)

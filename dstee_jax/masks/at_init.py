@@ -39,7 +39,15 @@ def random(
     where: Where = kernels,
     distribution: distributions.Distribution = distributions.erk,
 ) -> PyTree:
-    """Random masks of exact counts by leaf: `dstee.init_masks` with the arguments of the others."""
+    """Random masks of exact counts by leaf: `dstee.init_masks` with the arguments of the others.
+
+    Args:
+      fn, batch: not used.
+      params, sparsity, key, where, distribution: of `dstee.init_masks`.
+
+    Returns:
+      bool masks with the structure of `params`.
+    """
     return init_masks(params, sparsity, key, distribution=distribution, where=where)
 
 

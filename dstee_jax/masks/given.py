@@ -135,6 +135,9 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     Returns:
       `params` with exact zeros where a mask is False; dense leaves as they were.
 
+    Raises:
+      ValueError: masks and parameters do not have the same structure.
+
     Example:
       >>> import jax.numpy as jnp, optax
       >>> mask = {"w": jnp.array([True, False]), "b": optax.MaskedNode()}

@@ -29,6 +29,9 @@ def rescale(
     Returns:
       `params`, rescaled in their own dtypes, and zero where a mask is False.
 
+    Raises:
+      ValueError: masks and parameters do not have the same structure.
+
     References:
       Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", 2022,
       Eq. 2.

@@ -110,6 +110,9 @@ def training_flops(dense: float, sparse: float, *, every: int | None = None) -> 
     Returns:
       FLOPs of a sample.
 
+    Raises:
+      ValueError: `every` is negative.
+
     References:
       Evci et al., "Rigging the Lottery", 2020, Appendix H.
     """

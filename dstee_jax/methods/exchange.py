@@ -8,12 +8,39 @@ from dstee_jax.rules.ablation import Exempt, ablation
 
 
 def static(inner: Inner = None, **options: Unpack[Options]) -> Transform:
-    """Static: the first mask, kept: random, or `masks=` from `dstee.at_init`. No rounds."""
+    """Static: the first mask, kept: random, or `masks=` from `dstee.at_init`. No rounds.
+
+    Args:
+      inner: the optimizer.
+      **options: of `dstee.transform`.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.static(optax.sgd(0.1), sparsity=0.9, total_steps=500,
+      ...                           key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      []
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", 2018, which compares SET with it.
+    """
     return make(inner, {"every": None}, options)
 
 
 def rigl(inner: Inner = None, **options: Unpack[Options]) -> Transform:
     """RigL: drop by magnitude, grow by absolute gradient; alpha 0.3, ΔT 100, stop at 0.75.
+
+    Args:
+      inner: the optimizer.
+      **options: of `dstee.transform`; alpha is `drop_fraction`, ΔT `every`.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.rigl(optax.sgd(0.1), sparsity=0.9, total_steps=500, every=150,
+      ...                         key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      [150, 300]
 
     References:
       Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, Algorithm 1.
@@ -29,6 +56,11 @@ def rigl_itop(inner: Inner = None, *, total_steps: int, **options: Unpack[Untime
     """RigL in ITOP's setting: optimizer step first, rate 0.5 by cosine to 0.005, no early stop.
 
     `every` is 4000 (CIFAR and ImageNet).
+
+    Args:
+      inner: the optimizer.
+      total_steps: number of calls of `update` in the whole training.
+      **options: of `dstee.transform`.
 
     References:
       Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, Section 4.
@@ -90,9 +122,33 @@ def dst_ee(
     normalize: bool = False,
     **options: Unpack[Options],
 ) -> Transform:
-    """DST-EE: grow by gradient plus exploration bonus; c, eps, normalize of the acquisition.
+    """DST-EE: drop by magnitude, grow by |gradient| + c ln(t) / (N + eps).
+
+    t is the step, N in how many rounds the weight was active: what has been active seldom grows
+    more easily. These are the defaults of `dstee.transform` itself.
+
+    Args:
+      inner: the optimizer.
+      c: the weight of exploration, 0 or more; 0 is growth by gradient alone. 1e-3 is where the
+        sweeps of docs/defaults.md are flat; it is in units of a gradient.
+      eps: above 0; with a small one the bonus of never-active weights hides their gradient.
+      normalize: divide gradients by their leaf's mean first, so that c has no unit; take 0.1.
+      **options: of `dstee.transform`; `regrow=True` lets what was just dropped come back.
+
+    Raises:
+      ValueError: c is negative or eps is not positive.
+
+    Example:
+      >>> import dstee_jax as dstee, jax, optax
+      >>> tx = dstee.methods.dst_ee(optax.sgd(0.1), sparsity=0.9, total_steps=500, c=3e-3,
+      ...                           key=jax.random.key(0))
+      >>> list(dstee.mask_steps_of(tx))
+      [100, 200, 300]
 
     References:
       Huang et al., "Dynamic Sparse Training via More Exploration", 2022, Algorithm 1, Eq. 1.
+
+    Deviations:
+      Those of `scores.acquisition`. The paper gives no c, drop fraction, ΔT or last round.
     """
     return make(inner, {"grow": scores.acquisition(c, eps, normalize=normalize)}, options)

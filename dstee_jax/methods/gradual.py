@@ -150,6 +150,9 @@ def mest_ems(
       gradient_weight: lambda, of `mest`.
       **options: of `dstee.transform`.
 
+    Raises:
+      ValueError: `sparsity` is not one number, or `elastic` is below 1.
+
     References:
       As `mest`.
 

@@ -38,6 +38,9 @@ def dense_momentum(decay: float = 0.9) -> Memory:
     Args:
       decay: in [0, 1).
 
+    Raises:
+      ValueError: it is not.
+
     References:
       Dettmers and Zettlemoyer, "Sparse Networks from Scratch", 2019, Section 3.
     """
@@ -73,6 +76,9 @@ def admm(start: int, stop: int, every: int) -> Memory:
     At step `start`, and every `every` steps after it up to `stop`: z = the w + u of largest
     magnitude, as many as the leaf's target count, zero elsewhere; u = w + u - z. Shape
     (2, *shape), the parameter's dtype.
+
+    Args:
+      start, stop, every: steps.
 
     References:
       Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction

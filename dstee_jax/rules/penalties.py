@@ -17,6 +17,13 @@ def l1_with_noise(l1: float = 1e-5, noise: float = 1e-5) -> Score:
 
     Under plain SGD both are then scaled by the learning rate.
 
+    Args:
+      l1: weight of the prior.
+      noise: standard deviation of the random walk.
+
+    Raises:
+      ValueError: one is no number.
+
     References:
       Bellec et al., "Deep Rewiring: Training very sparse deep networks", 2018, Eq. 3.
     """
@@ -37,6 +44,14 @@ def admm(rho: float, start: int, stop: int, *, reweighted: bool = True) -> Score
 
     rho * a * (w - z + u), a = 1 / (|w| + m / 10) over its mean, with m the mean |w| of the leaf;
     a = 1 if not `reweighted`.
+
+    Args:
+      rho: weight of the penalty.
+      start, stop: steps.
+      reweighted: smaller weights are pulled harder.
+
+    Raises:
+      ValueError: rho is no number.
 
     References:
       Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction

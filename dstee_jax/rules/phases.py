@@ -28,6 +28,9 @@ def drop_then_grow(*, chain: Sequence[str] = ()) -> Plan:
     Args:
       chain: names of kernels (inputs, outputs), each of which reads what the one before it gives:
         after a drop the weights of hidden units that have no inputs, or no outputs, go too.
+
+    Raises:
+      ValueError: the chain is no sequence of names; in a round, the kernels do not fit.
     """
 
     def amounts(round_: Round) -> tuple[Counts, Counts, Any]:

@@ -226,6 +226,9 @@ def gradual(
       overall: drop the weights of lowest score over all leaves together, so that counts move
         between leaves (no leaf loses its last weight). By default each leaf goes from its own
         first count to its own target.
+
+    Raises:
+      ValueError: `initial_sparsity` is not in [0, 1), or start and end are not in order in [0, 1].
     """
     check_number("initial_sparsity", initial_sparsity, "0.5")
     check_number("start", start, "0.0")
@@ -275,6 +278,9 @@ def rotation(partitions: int) -> Plan:
 
     Args:
       partitions: number of parts, at least 2.
+
+    Raises:
+      ValueError: it is less.
     """
     check_whole("partitions", partitions, least=None)
     if partitions < 2:

@@ -70,6 +70,10 @@ def n_m(n: int, m: int, *, axis: int = -2) -> Structure:
         is what sparse tensor cores need. Where kernels are (outputs, inputs, ...), as Equinox and
         PyTorch have them, it is 1.
 
+    Raises:
+      ValueError: n is not in [1, m); in `init`, m does not divide the axis of a leaf, or its
+        sparsity is another.
+
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, for 2:4.
     """
@@ -148,6 +152,9 @@ def tiles(
       tile: (inputs, outputs); must divide the last two axes of every sparse leaf. Small against
         the layer: docs/speed.md says what tiles save and cost.
       score: `(scores, axis) -> score` of a tile, from its weights'; a sum by default.
+
+    Raises:
+      ValueError: `tile` is not two sizes of 1 or more; in `init`, it does not divide a leaf.
 
     References:
       Gray et al., "GPU Kernels for Block-Sparse Weights", 2017, for blocks of weights; here a

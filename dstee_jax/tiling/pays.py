@@ -54,7 +54,8 @@ def tiles_pay(
       repeats: runs of each form, after one that compiles.
 
     Returns:
-      Both times in milliseconds (medians), their ratio, and the sparsity that was measured.
+      `TilesPay(dense_ms, tiled_ms, speedup, sparsity)`: both times in milliseconds (medians), the
+      first over the second, and the sparsity that was measured.
 
     Raises:
       ValueError: shapes, tile, dtype, sparsity or repeats do not fit, or it is called within

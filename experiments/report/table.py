@@ -3,8 +3,8 @@
     python -m experiments.report.table results/digits.jsonl
     python -m experiments.report.table results/cifar.jsonl --pairs
 
-`--pairs` adds what one method gains over another with the same seeds: the mean difference, its
-standard error, and their ratio.
+`--pairs` adds what one method gains over another with the same seeds: the mean difference and
+its standard error.
 """
 
 import statistics
