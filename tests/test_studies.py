@@ -1,5 +1,6 @@
 """Studies that are queues of runs: by hand-made records, and end to end on a tiny MNIST."""
 
+import argparse
 import math
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 from dstee_jax import scales
 from experiments import linkpred, mlp
 from experiments.report import figures, table, table1
-from experiments.studies import ablation, growth, length, queue, spikes, tiles
+from experiments.studies import ablation, growth, length, methods, queue, spikes, tiles
 from experiments.training import records
+from experiments.training.methods import METHODS
 from tests.tiny_datasets import write_cifar, write_mnist
 
 # Raised inside tensorflow-datasets, by its own dependencies.
@@ -199,3 +201,15 @@ def test_jumps_of_a_language_models_loss(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         spikes.main(["--every=2"])
     assert "--every 2 must be more than 2" in capsys.readouterr().err
+
+
+def test_the_study_of_methods_has_every_method_once_a_sparsity(tmp_path):
+    args = argparse.Namespace(results=tmp_path / "methods.jsonl", data_dir=tmp_path)
+    found = [(run.settings["method"], run.settings["sparsity"]) for run in methods.queue(args)]
+    expected = {(name, at) for name in METHODS for at in (0.98, 0.95)}
+    expected -= {(name, at) for name in ("dense", "str") for at in (0.98, 0.95)}
+    assert len(found) == len(set(found))
+    assert set(found) == expected | {("dense", 0.0)}
+    run = record(["--dataset=mnist", *methods.words("cht")], [96.0, 97.0])
+    assert run["options"] == {"every": 234}
+    assert methods.table([run]).splitlines()[-1] == "| cht | 96.50 ± 0.71 (R 0.100) |"
