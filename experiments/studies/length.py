@@ -16,7 +16,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments import mlp
@@ -125,6 +125,23 @@ def gain(one: Mapping[int, Any], base: Mapping[int, Any]) -> tuple[float, float,
     return statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5, len(gains)
 
 
+def mean_gain(lengths: Collection[Mapping[str, Mapping[int, Any]]], name: str) -> str:
+    """The gain over RigL as a mean over all lengths, ± its standard error over seeds.
+
+    A seed has the same first weights at each length, so that its mean is one value.
+    """
+    if name == RIGL or not all(name in rows and RIGL in rows for rows in lengths):
+        return ""
+    seeds = set.intersection(*({*rows[name]} & {*rows[RIGL]} for rows in lengths))
+
+    def means(row: str) -> dict[int, dict[str, float]]:
+        of = {seed: [rows[row][seed]["accuracy"] for rows in lengths] for seed in seeds}
+        return {seed: {"accuracy": statistics.mean(each)} for seed, each in of.items()}
+
+    mean, error, _ = gain(means(name), means(RIGL))
+    return f"{mean:+.2f} ± {error:.3f}"
+
+
 def settings_of(runs: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
     """Records by (data, model, split, sparsity)."""
     return records.group(runs, "data", "model", "split", "sparsity")
@@ -141,11 +158,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             f"standard deviation, {most} seeds; in brackets the gain over RigL ± its standard "
             "error, paired by seed\n"
         )
-        heads = " | ".join(f"{epochs} epochs" for epochs in by_length)
-        lines += [f"| method | {heads} |", "| --- |" + " --- |" * len(by_length)]
+        heads = [f"{epochs} epochs" for epochs in by_length]
+        heads += ["mean gain"] if len(by_length) > 1 else []
+        lines += [f"| method | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
         for name in ROWS | ABLATION:
             if any(name in rows for rows in by_length.values()):
-                cells = (cell(rows, name, most) for rows in by_length.values())
+                cells = [cell(rows, name, most) for rows in by_length.values()]
+                cells += [mean_gain(by_length.values(), name)] if len(by_length) > 1 else []
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
