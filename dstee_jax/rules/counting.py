@@ -50,7 +50,9 @@ def apportion(total: jax.Array | int, weights: Counts, caps: Counts) -> list[jax
             jnp.where(more < room, more.astype(jnp.float32) - ideal, jnp.inf), stable=True
         )
         rank = jnp.zeros_like(cap).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
-        extra = (rank < left) & (more < room) & (left < order.size)
+        # As many as there are leaves, where each share of one was rounded to less.
+        fractions = (left < order.size) | (_sum(more) == 0)
+        extra = (rank < left) & (more < room) & fractions
         return given + more + extra.astype(jnp.int32)
 
     # Each pass fills a leaf or ends; the last float32 remainders need a few more.

@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.report.table import accuracy_table
 from experiments.studies.queue import Run, add_queue_options, mlp_run, work_off
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.methods import METHODS
+from experiments.training.tables import accuracy_table
 
 SPARSITIES = (0.98, 0.95)
 EVERY = {"set_published": 468, "mest_published": 2340, "cht": 234}  # steps; 100 for the others
