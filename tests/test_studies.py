@@ -189,6 +189,7 @@ def test_jumps_of_a_language_models_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spikes, "SCALES", {"none": None, "warm-up": scales.warm_up(4)})
     monkeypatch.setattr(spikes, "AFTER", (0, 1, 2))
     monkeypatch.setattr(spikes, "PROBE", 4)
+    monkeypatch.setattr(spikes, "MODEL", ("--layers=1", "--width=16"))
     results = tmp_path / "spikes.jsonl"
     options = ["--steps=16", "--every=4", "--seeds=1", f"--results={results}"]
     spikes.main([*options, "--text", str(tmp_path / "words")])

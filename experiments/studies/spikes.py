@@ -36,6 +36,7 @@ SCALES: dict[str, Any] = {
 }
 AFTER = (0, 1, 2, 5, 10, 20, 50)  # steps after a mask update, which changes no weight that stays
 PROBE = 64  # windows that the loss is measured on
+MODEL = ("--layers=2", "--width=64")
 
 
 def run(args: argparse.Namespace, seed: int, scale: str, text: texts.Text) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 def queue(args: argparse.Namespace) -> list[Run]:
     """A run for each seed, method and scale."""
-    words = ["--layers=2", "--width=64", f"--steps={args.steps}", f"--every={args.every}"]
+    words = [*MODEL, f"--steps={args.steps}", f"--every={args.every}"]
     found = []
     for seed in range(args.seeds):
         for method in METHODS:
