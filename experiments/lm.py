@@ -27,7 +27,7 @@ results/lm.jsonl (`--results` for another file), and
 
     python -m experiments.lm --table results/lm.jsonl
 
-prints test perplexity by method and sparsity, lower is better. A run takes 5 to 7 minutes on a
+prints test perplexity by method and sparsity, lower is better. A run takes 3 to 7 minutes on a
 CPU core; at 90% on seed 0: dense 5.8, DST-EE 7.2, a static mask 7.6 (docs/experiments.md).
 """
 
