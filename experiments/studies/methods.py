@@ -7,7 +7,8 @@ stopped and continued at any time; then prints the table. A round every 100 step
 takes it, an epoch of 468 steps for SET and five for MEST as published; CHT's score of a kernel
 784 x 300 takes 5.5e10 multiply-adds a seed and round, so twice an epoch. STR is left out: its
 sparsity comes out of its weight decay. Methods since the paper come first, beside those they are
-compared with, then the others. A run takes a minute or less on 2 idle CPU cores, all of them about an hour.
+compared with, then the others. A run takes a minute or less on 2 idle CPU cores, all of them about
+an hour.
 """
 
 import argparse
