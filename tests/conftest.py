@@ -34,13 +34,14 @@ def release_programs():
 def quick_compilation(request):
     """Programs are compiled without LLVM's optimisations: tests compile more than they run.
 
-    XLA's passes are the same. Tests marked `optimized` compile as users do, and all do with
-    JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    XLA's passes are the same. Modules marked `optimized`, but for tests marked `optimized(False)`,
+    compile as users do, and all do with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
     """
     import jax
 
     name = "jax_disable_most_optimizations"
-    optimized = request.node.get_closest_marker("optimized") is not None
+    marker = request.node.get_closest_marker("optimized")
+    optimized = marker is not None and marker.args != (False,)
     before = jax.config.read(name)
     jax.config.update(name, not optimized and os.environ.get(name.upper(), "1") != "0")
     yield

@@ -9,6 +9,8 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import methods, structures
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 STEPS = 40
 
@@ -107,6 +109,7 @@ def test_rounds(gamma, of_dense):
     assert any(revived) or gamma == 0.3
 
 
+@pytest.mark.optimized(False)
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_convolutions_stacked_layers_and_outputs_first(axis):
     if axis == 0:

@@ -11,6 +11,8 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import at_init
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from dstee_jax import inclusion, soft_threshold
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 
 

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import dstee_jax as dstee
 from dstee_jax import methods, plans
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 STEPS = 60
 NAMES = ("a", "b")
@@ -525,6 +527,7 @@ MOVING = {
 }
 
 
+@pytest.mark.optimized(False)
 @pytest.mark.parametrize("sparsity", [0.6, 0.9])
 @pytest.mark.parametrize("name", MOVING)
 def test_totals_and_zeros(name, sparsity):
@@ -548,6 +551,7 @@ def test_totals_and_zeros(name, sparsity):
         assert counts[0] > counts[-1]
 
 
+@pytest.mark.optimized(False)
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 50)), min_size=1, max_size=6),

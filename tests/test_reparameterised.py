@@ -9,6 +9,8 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import powerpropagation, soft_threshold, straight_through, top_kast
 
+pytestmark = pytest.mark.optimized
+
 RNG = np.random.default_rng(0)
 
 
@@ -57,6 +59,7 @@ def test_powerpropagation_prunes_on_w():
     assert [int(m.sum()) for m in jax.tree.leaves(masks)] == [3, 8]
 
 
+@pytest.mark.optimized(False)
 def test_powerpropagation_is_pruned_by_gmp():
     """theta is sparse exactly where the network's parameters are, at every step."""
     theta = powerpropagation.init(make_params(), alpha=2.0)
@@ -122,6 +125,7 @@ def test_each_stacked_layer_keeps_its_own():
         np.testing.assert_array_equal(mask, top(w, 5))
 
 
+@pytest.mark.optimized(False)
 def test_straight_through_trains_dense_weights_under_a_sparse_forward_pass():
     params, target = make_params(), make_params()
     tx = optax.sgd(0.05)

@@ -9,6 +9,8 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import methods, scales, scores, structures
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 STEPS, EVERY = 24, 6
 OPTIONS = dict(sparsity=0.6, total_steps=STEPS, every=EVERY, stop=1.0, key=KEY)

@@ -184,7 +184,9 @@ def test_the_growth_study(tmp_path, data_dir, monkeypatch, capsys):
 
 
 def test_jumps_of_a_language_models_loss(tmp_path, monkeypatch, capsys):
-    (tmp_path / "words").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    words = "the quick brown fox jumps over the lazy dog\n" * 20
+    documents = {str(i): words for i in range(20)}
+    monkeypatch.setattr(spikes.texts, "python_documents", lambda: documents)
     monkeypatch.setattr(spikes, "METHODS", ("set",))
     monkeypatch.setattr(spikes, "SCALES", {"none": None, "warm-up": scales.warm_up(4)})
     monkeypatch.setattr(spikes, "AFTER", (0, 1, 2))
@@ -192,7 +194,7 @@ def test_jumps_of_a_language_models_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spikes, "MODEL", ("--layers=1", "--width=16"))
     results = tmp_path / "spikes.jsonl"
     options = ["--steps=16", "--every=4", "--seeds=1", f"--results={results}"]
-    spikes.main([*options, "--text", str(tmp_path / "words")])
+    spikes.main(options)
     none, warm = records.read(results)
     assert none["scale"] == "none"
     assert np.shape(none["jumps"]) == (3, 3)  # updates at steps 4, 8 and 12

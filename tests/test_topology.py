@@ -12,6 +12,8 @@ import pytest
 import dstee_jax as dstee
 from dstee_jax import methods, plans, scores
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 STEPS = 40
@@ -198,6 +200,7 @@ def without_chains(first, second):
         first[:, dead], second[dead] = False, False
 
 
+@pytest.mark.optimized(False)
 def test_chain_removal_takes_the_links_of_units_without_inputs_or_outputs():
     chain = ("a/kernel", "b/kernel")
     tx = methods.cht(
@@ -251,6 +254,7 @@ def test_linked_goes_on_along_the_chain(widths):
     assert plans.linked(names, names, masks)[1] is dense
 
 
+@pytest.mark.optimized(False)
 @pytest.mark.parametrize("name", ["cht", "chts"])
 def test_counts_come_back_and_dense_leaves_stay(name):
     tx = getattr(methods, name)(

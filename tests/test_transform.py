@@ -12,6 +12,8 @@ import dstee_jax as dstee
 from dstee_jax import methods, scores
 from tests import oracle
 
+pytestmark = pytest.mark.optimized
+
 KEY = jax.random.key(0)
 
 
@@ -103,6 +105,7 @@ def test_set_agrees_with_the_numpy_oracle(regrow):
     np.testing.assert_array_equal(after.masks["a"]["kernel"], expected)
 
 
+@pytest.mark.optimized(False)
 @settings(
     max_examples=12,
     deadline=None,

@@ -132,7 +132,8 @@ def dst_ee(
       c: the weight of exploration, 0 or more; 0 is growth by gradient alone. 1e-3 is where the
         sweeps of docs/defaults.md are flat; it is in units of a gradient.
       eps: above 0; with a small one the bonus of never-active weights hides their gradient.
-      normalize: divide gradients by their leaf's mean first, so that c has no unit; take 0.1.
+      normalize: divide gradients by their leaf's mean first, so that c has no unit; 0.1 is then a
+        fair start.
       **options: of `dstee.transform`; `regrow=True` lets what was just dropped come back.
 
     Raises:

@@ -14,7 +14,6 @@ the updates and seeds. All of it takes about 20 minutes on 2 CPU cores.
 import argparse
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace, seed: int, scale: str, text: texts.Text) -> di
     probe = [x[0] for x in cut]
 
     def loss(state):
-        return float(trainer.total_loss(state, *probe)) / probe[0].size
+        return float(trainer.total_loss(state, *probe)) / int(probe[2].sum())
 
     before, jumps = 0.0, []
     for i, tokens in enumerate(lm.batches(args, text, seed), 1):
@@ -92,7 +91,7 @@ def queue(args: argparse.Namespace) -> list[Run]:
         for method in METHODS:
             one = lm.parse([*words, f"--method={method}", "--quiet"])
             for scale in SCALES:
-                load = functools.partial(texts.load, args.text, one.length)
+                load = functools.partial(texts.load, None, one.length)
                 train = functools.partial(run, one, seed, scale)
                 found.append(Run(args.results, settings(one, seed, scale), (), load, train))
     return found
@@ -102,7 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
     add_queue_options(parser, "spikes.jsonl")
-    parser.add_argument("--text", type=Path, nargs="+", help="files, as of `experiments.lm`")
     parser.add_argument("--steps", type=at_least_one, default=1000)
     parser.add_argument("--every", type=at_least_one, default=100)
     parser.add_argument("--seeds", type=at_least_one, default=3)
