@@ -35,13 +35,15 @@ from experiments.training.learner import (
     check_method_options,
     given_options,
 )
-from experiments.training.methods import METHODS, SCORED_PER_CLASS, measures
+from experiments.training.methods import METHODS, SCORED_PER_CLASS
 from experiments.training.models import MODELS, count_weights
 from experiments.training.progress import conclude, over
-from experiments.training.runs import Events
+from experiments.training.runs import Events, check_same_command
 
 WEIGHT_DECAY = 5e-4
 PRUNED_FROM = 256  # images that SIS fits layers to
+# Arguments that may change when a run goes on.
+FREE = {"data_dir", "work_dir", "results", "quiet", "note", "resume"}
 
 
 class Trainer:
@@ -179,6 +181,15 @@ def load(args: argparse.Namespace) -> Any:
     return data.load_splits(args.dataset, args.data_dir, args.split == "validation")
 
 
+def store_of(args: argparse.Namespace) -> Checkpoints:
+    """Those in `--work_dir`: with `--resume` of the same command, else none yet."""
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (args.work_dir / "config.json").unlink(missing_ok=True)
+    check_same_command(args, FREE)
+    return Checkpoints(args.work_dir, keep=args.resume)
+
+
 def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str, Any]:
     """Train one seed, evaluate after each epoch, and return the record."""
     console = Console(quiet=args.quiet)
@@ -194,7 +205,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     print_(f"{args.model}: {count_weights(state.params):,} weights")
     if scored is not None:
         print_(dstee.summary(state.opt_state, state.params))
-    store = Checkpoints(args.work_dir, keep=args.resume) if args.work_dir else None
+    store = store_of(args) if args.work_dir else None
     pruned = trainer.learner.trains == "pruned"
     prune_at = round(sis.PRUNE_AT * args.epochs) if pruned else None
     if store and store.latest() is not None:
@@ -205,7 +216,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
         dstee.check(trainer.learner.tx, state.opt_state, state.params)
     events = Events(args.work_dir, first) if args.work_dir else None
     seconds = sum(row["seconds"] for row in history)
-    density, explored = map(float, measures(state.params, state.opt_state))
+    density, explored = map(float, trainer.learner.measures(state))
 
     epochs = range(first, args.epochs)
     for epoch in over(epochs, f"{args.method}, seed {seed}", console, done=first):
@@ -219,7 +230,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
             )
         took = time.perf_counter() - begin
         seconds += took
-        density, explored = map(float, measures(state.params, state.opt_state))
+        density, explored = map(float, trainer.learner.measures(state))
         accuracy = trainer.evaluate(state, eval_images, eval_labels)
         row = {
             "epoch": epoch + 1,

@@ -40,7 +40,7 @@ from experiments.training.learner import (
     check_method_options,
     given_options,
 )
-from experiments.training.methods import METHODS, measures
+from experiments.training.methods import METHODS
 from experiments.training.models import ResNet50, Small, count_weights
 from experiments.training.progress import conclude, over
 from experiments.training.runs import Log, Preemption, check_same_command, leave, record_once
@@ -64,7 +64,7 @@ class Programs(NamedTuple):
     step: Any  # (state, images, labels, mask_step) -> (state, loss); a program for each kind
     hits: Any  # (state, images, labels) -> correct ones
     is_finite: Any  # state -> whether all parameters are
-    measures: Any  # (params, opt_state) -> density, R
+    measures: Any  # state -> density, R
 
 
 def sharding_of(mesh: Mesh, shape: tuple[int, ...], shard: bool) -> NamedSharding:
@@ -99,7 +99,7 @@ def compile_for(learner: Learner, state: Any, mesh: Mesh, shard: bool) -> Progra
         ),
         jit(lambda state, x, y: learner.hits(state, normalised(x), y), out_shardings=whole),
         jax.jit(all_finite, in_shardings=(shardings,), out_shardings=whole),
-        jax.jit(measures, out_shardings=whole),
+        jax.jit(learner.measures, out_shardings=whole),
     )
 
 
@@ -285,7 +285,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
 
     preempted, losses, begin = Preemption(), [], time.perf_counter()
     compiled: dict[bool, Any] = {}
-    density, explored = map(float, programs.measures(state.params, state.opt_state))
+    density, explored = map(float, programs.measures(state))
     for step in over(range(first + 1, total + 1), args.method, log.console, done=first):
         if step - 1 == prune_at:
             (programs, state), compiled = pruned(setup, state, args, mesh), {}
@@ -296,7 +296,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
         if step % args.log_every == 0 or step == total:
             mean = float(check_finite(losses, step).mean())
             speed = len(losses) * args.batch / (time.perf_counter() - begin)
-            density, explored = map(float, programs.measures(state.params, state.opt_state))
+            density, explored = map(float, programs.measures(state))
             speeds = [*speeds, round(speed, 1)][-20:]
             log.write(step, loss=mean, images_per_s=speed, density=density, R=explored)
             log.print(

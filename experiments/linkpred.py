@@ -241,7 +241,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    masked = [name for name, m in METHODS.items() if m.trains == "masked" and not m.first_masks]
+    masked = [
+        name
+        for name, m in METHODS.items()
+        if m.trains == "masked" and not (m.first_masks or m.behind)
+    ]
     add("--graph", type=Path, help="edge list: src dst time, or src dst weight time; gzip or not")
     add("--method", type=choice(masked), nargs="+", default=["dst_ee"], help=", ".join(masked))
     add("--sparsity", type=float, nargs="+", default=[*SPARSITIES])

@@ -232,7 +232,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
                 )
-            explored = float(measures(state[0], state[2])[1])
+            explored = float(measures(state[2])[1])
             found = trainer.perplexity(state, text.validation)
             history.append([i, round(found, 4), round(explored, 4)])
             seconds = time.perf_counter() - begin
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         "options": given_options(args),
         "perplexity": round(test, 4),
         "validation_perplexity": history[-1][1],
-        "density": round(float(measures(state[0], state[2])[0]), 6),
+        "density": round(float(measures(state[2])[0]), 6),
         "R": history[-1][2],
         "seconds": round(time.perf_counter() - begin, 1),
         "history": history,

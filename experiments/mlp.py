@@ -41,7 +41,7 @@ from experiments.training.learner import (
     check_method_options,
     given_options,
 )
-from experiments.training.methods import METHODS, SCORED_PER_CLASS, measures
+from experiments.training.methods import METHODS, SCORED_PER_CLASS
 from experiments.training.models import MLP, count_weights
 from experiments.training.progress import conclude, over
 from experiments.training.runs import check_same_command, record_once
@@ -192,8 +192,8 @@ class Trainer:
         x, labels = self.normalised(held_out[0]), held_out[1]
 
         def one(state, seed):
-            hits = self.learner(seed, state).hits(state, x, labels)
-            return hits, *measures(state.params, state.opt_state)
+            learner = self.learner(seed, state)
+            return learner.hits(state, x, labels), *learner.measures(state)
 
         return jax.vmap(one, in_axes=(axes(state), 0))(state, self.seeds)
 

@@ -12,17 +12,21 @@ puts it into the network (`experiments.training.models`; for `lm`, `training.tra
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import dstee_jax as dstee
 from dstee_jax import soft_threshold
+from experiments.training import reparameterised
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints, by_name
+from experiments.training.methods import METHODS, behind
 
 Arrays = dict[str, np.ndarray]
 
@@ -45,33 +49,6 @@ def whole(rectangle: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndar
     return np.asarray(dstee.Tiles(index, tile, shape).dense(rectangle))
 
 
-def network(state: Any, seed: int | None = None) -> tuple[Arrays, Arrays]:
-    """Parameters with batch statistics, and masks, of a restored checkpoint, by name.
-
-    Args:
-      state: a `TrainState` as nested dictionaries, or the list that `experiments.lm` saves.
-      seed: which of the seeds that were trained at once, by position.
-    """
-    if isinstance(state, list):
-        state = {"params": state[0], "opt_state": state[2]}
-    params = state["params"]
-    if set(params) == set(soft_threshold.Thresholded._fields):
-        weights, thresholds = map(by_name, (params["weights"], params["thresholds"]))
-        thresholds = {name: thresholds.get(name, optax.MaskedNode()) for name in weights}
-        params = soft_threshold.apply(soft_threshold.Thresholded(weights, thresholds))
-        params = jax.tree.map(lambda x: x + 0, params)  # -0.0 becomes 0.0
-    arrays = by_name(params)
-    sparse = sparse_state(state["opt_state"])
-    masks, index = (by_name(sparse.get(name, {})) for name in ("masks", "indices"))
-    for name, mask in masks.items():
-        if name in index and arrays[name].ndim > mask.ndim:
-            arrays[name] = whole(arrays[name], index[name], mask)
-    arrays |= by_name(state.get("stats", {}))
-    if seed is not None:
-        arrays, masks = ({name: x[seed] for name, x in some.items()} for some in (arrays, masks))
-    return arrays, masks
-
-
 def nested(values: dict[str, Any]) -> dict[str, Any]:
     """Values by name as a tree of dictionaries."""
     tree: dict[str, Any] = {}
@@ -82,6 +59,50 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = value
     return tree
+
+
+def seen(params: Any, settings: Mapping[str, Any], step: Any) -> Arrays:
+    """The parameters that the network sees, by name, of those that were trained."""
+    method = settings.get("method", "dense")
+    if METHODS[method].behind is None:
+        return by_name(params)
+    if set(params) == set(soft_threshold.Thresholded._fields):
+        weights, thresholds = map(by_name, (params["weights"], params["thresholds"]))
+        thresholds = {name: thresholds.get(name, optax.MaskedNode()) for name in weights}
+        trained = soft_threshold.Thresholded(weights, thresholds)
+    else:
+        trained = nested(by_name(params))
+    options = {name: settings.get(name) for name in ("sparsity", "distribution")}
+    weights = behind(method, total_steps=1, **options)  # as sparse as at the end
+    params, _ = weights.network(trained, jnp.asarray(step))
+    return by_name(jax.tree.map(lambda x: x + 0, params))  # -0.0 becomes 0.0
+
+
+def network(
+    state: Any, settings: Mapping[str, Any], seed: int | None = None
+) -> tuple[Arrays, Arrays]:
+    """Parameters with batch statistics, and masks, of a restored checkpoint, by name.
+
+    Args:
+      state: a `TrainState` as nested dictionaries, or the list that `experiments.lm` saves.
+      settings: of the run; `method` says what the trained parameters are.
+      seed: which of the seeds that were trained at once, by position.
+    """
+    if isinstance(state, list):
+        state = {"params": state[0], "opt_state": state[2]}
+    sparse = sparse_state(state["opt_state"])
+    some = [state["params"], state.get("stats", {})]
+    some += [sparse.get(name, {}) for name in ("masks", "indices")]
+    if seed is not None:
+        some = jax.tree.map(lambda x: x[seed], some)
+    params, stats, masks, index = some[0], *map(by_name, some[1:])
+    arrays = seen(params, settings, state.get("step", 1))
+    if METHODS[settings.get("method", "dense")].behind is not None:
+        masks = by_name(reparameterised.active(nested(arrays)))
+    for name, mask in masks.items():
+        if name in index and arrays[name].ndim > mask.ndim:
+            arrays[name] = whole(arrays[name], index[name], mask)
+    return arrays | stats, masks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         state = store.restore_plain()
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from error
-    arrays, masks = network(state, None if seed is None else seeds.index(seed))
+    arrays, masks = network(state, settings, None if seed is None else seeds.index(seed))
     described = {name: value for name, value in settings.items() if value is not None}
     metadata = {"settings": described | ({} if seed is None else {"seed": seed})}
     metadata |= {"checkpoint": store.latest()}

@@ -24,15 +24,14 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import dstee_jax as dstee
-from dstee_jax import soft_threshold
 from experiments.training import records, sis
 from experiments.training.arguments import Parser, at_least_one, choice
 from experiments.training.methods import (
     METHODS,
+    behind,
     first_masks,
     mask_steps,
     measures,
-    model_params,
     optimizer,
     segments,
 )
@@ -48,9 +47,7 @@ WEIGHT_DECAY = 5e-4
 # The schedule of mask updates that won on the validation split at 98%
 # (experiments/studies/sweep.py), the same for every method.
 SCHEDULE = {"every": 50, "drop_fraction": 0.5, "stop": 0.9}
-# STR's sparsity comes out of training: first threshold sigmoid(-5), and the weight decay that
-# ends near each sparsity here.
-THRESHOLD_START = -5.0
+# STR's sparsity comes out of training: the weight decay that ends near each sparsity here.
 THRESHOLD_DECAY = {0.9: 5.7e-3, 0.95: 8e-3, 0.98: 1.35e-2}
 
 
@@ -116,7 +113,9 @@ def train(
     x_train, y_train, x_eval, y_eval = load(split)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
     trains = METHODS[method].trains
-    decay = WEIGHT_DECAY if trains != "thresholds" else options["threshold_decay"]
+    decay = WEIGHT_DECAY if method != "str" else options["threshold_decay"]
+    reparameterised = METHODS[method].behind is not None
+    weights = behind(method, sparsity=sparsity, total_steps=steps)
     inner = optax.chain(
         optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
@@ -135,14 +134,14 @@ def train(
 
     def init(key):
         params = init_params(jax.random.fold_in(key, 0))
-        if trains == "thresholds":
-            params = soft_threshold.init(params, start=THRESHOLD_START)
-        if method == "dense" or trains != "masked":
+        params = weights.start(params)
+        if METHODS[method].factory is None or trains != "masked":
             return params, inner.init(params)
         some = jax.random.permutation(jax.random.fold_in(key, 2), len(x_train))[:SCORED]
-        network = lambda params, x, training: forward(params, x)  # noqa: E731
         batch = (x_train[some], y_train[some])
-        masks = first_masks(method, params, batch, sparsity, key, network=network)
+        masks = first_masks(
+            method, params, batch, sparsity, key, network=lambda p, x, training: forward(p, x)
+        )
         opt_state = make(jax.random.fold_in(key, 1), masks).init(params)
         masks = dstee.get_state(opt_state).masks
         params = dstee.rescale(params, masks) if rescale else params
@@ -154,9 +153,10 @@ def train(
         explored = jax.tree.map(jnp.ones_like, state.counters)  # all weights were active
         return params, state._replace(counters=explored, inner_state=opt_state)
 
-    def loss(params, x, y):
-        logits = forward(model_params(params), x)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    def loss(trained, t, x, y):
+        params, penalty = weights.network(trained, t)
+        logits = forward(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + penalty
 
     def ahead(params, opt_state, begin, end, key, mask_step):
         """The steps from `begin` to `end`, all of one kind."""
@@ -164,15 +164,16 @@ def train(
         def step(t, carry):
             params, opt_state = carry
             index = jax.random.randint(jax.random.fold_in(key, t), (BATCH,), 0, len(x_train))
-            grads = jax.grad(loss)(params, x_train[index], y_train[index])
+            grads = jax.grad(loss)(params, t, x_train[index], y_train[index])
             tx = tx_of(key, opt_state)
             return dstee.apply(tx, grads, opt_state, params, mask_step=mask_step)
 
         return jax.lax.fori_loop(begin, end, step, (params, opt_state))
 
-    def evaluate(params, opt_state):
-        hits = forward(model_params(params), x_eval).argmax(-1) == y_eval
-        density, explored = measures(params, opt_state)
+    def evaluate(trained, opt_state, t):
+        params, _ = weights.network(trained, t)
+        hits = forward(params, x_eval).argmax(-1) == y_eval
+        density, explored = measures(opt_state, params if reparameterised else None)
         return 100 * hits.mean(), explored, density
 
     def over_seeds(opt_state):
@@ -188,7 +189,7 @@ def train(
             mapped = jax.vmap(one, in_axes=(0, axes, None, None, 0), out_axes=(0, axes))
             return mapped(params, opt_state, begin, end, keys)
 
-        return all_ahead, jax.jit(jax.vmap(evaluate, in_axes=(0, axes)))
+        return all_ahead, jax.jit(jax.vmap(evaluate, in_axes=(0, axes, None)))
 
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     axes = dstee.seed_axes(jax.eval_shape(init, keys[0])[1])
@@ -208,7 +209,7 @@ def train(
             params, opt_state = all_ahead(
                 params, opt_state, first + begin, first + end, keys, mask_step=mask_step
             )
-        curves.append(jax.device_get(evaluate_all(params, opt_state)))
+        curves.append(jax.device_get(evaluate_all(params, opt_state, first + EVAL_EVERY)))
         tick()
     accuracy, explored, density = (np.stack(c, axis=1) for c in zip(*curves, strict=True))
     masks = [first_mask, _first_mask(opt_state)]

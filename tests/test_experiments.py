@@ -148,6 +148,8 @@ def continues_bit_for_bit(data_dir, tmp_path, options, whole, stop, monkeypatch)
     resumed = cifar.run(cifar_args(data_dir, tmp_path, *work, "--resume"))
     assert resumed["history"] == whole["history"]
     assert resumed["accuracy"] == whole["accuracy"]
+    with pytest.raises(SystemExit, match=r"had --learning_rate 0\.1: pass the same"):
+        cifar.run(cifar_args(data_dir, tmp_path, *work, "--resume", "--learning_rate=0.2"))
     assert list((tmp_path / "work" / "events").iterdir())
 
 
@@ -209,7 +211,7 @@ def test_every_method_trains_on_the_digits(method):
     result = quickstart.train(
         method, 0.9, seeds=2, steps=200, threshold_decay=0.02, **quickstart.SCHEDULE
     )
-    assert result.accuracy[:, -1].min() > (5 if method == "magnitude" else 40)
+    assert result.accuracy[:, -1].min() > {"magnitude": 5, "random_ste": 25}.get(method, 40)
     if method == "str":
         assert (result.density < 0.9).all()
     else:

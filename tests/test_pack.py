@@ -50,7 +50,6 @@ def test_a_convolutional_run_with_thresholds_and_batch_statistics(tmp_path):
     model = MODELS["small"](10, dtype=np.float32, rngs=nnx.Rngs(0))
     like = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
     saved, state = dstee.load(file, like=like), restored(work)
-    assert jax.tree.leaves(saved.masks) == []
     found, stats = pack.by_name(saved.params), pack.by_name(state["stats"])
     assert stats
     for name, value in stats.items():
@@ -59,6 +58,10 @@ def test_a_convolutional_run_with_thresholds_and_batch_statistics(tmp_path):
     assert weights.keys() | stats.keys() == found.keys()
     shares = [np.mean(found[n] == 0) for n, w in weights.items() if n.endswith("kernel")]
     assert min(shares) > 0.01  # behind the threshold
+    masks = pack.by_name(saved.masks)
+    assert masks.keys() == {n for n in weights if n.endswith("kernel")}
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(found[name] != 0, mask)
     assert not any(np.signbit(x[x == 0]).any() for x in found.values())
 
 
@@ -69,3 +72,37 @@ def test_what_is_no_run(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(SystemExit, match="error: no checkpoint under"):
         pack.main([str(tmp_path), "x"])
+
+
+@pytest.mark.parametrize("method", ["powerpropagation", "magnitude_ste", "random_ste", "top_kast"])
+def test_what_the_network_sees_is_packed(tmp_path, method):
+    write_mnist(tmp_path, {"train": 100, "test": 30})
+    work, file = tmp_path / "work", tmp_path / "network.safetensors"
+    command = ["--widths=32", "--batch=16", "--epochs=2", "--every=3", "--quiet"]
+    command += [
+        f"--method={method}",
+        "--sparsity=0.75",
+        "--seeds",
+        "3",
+        "5",
+        f"--data_dir={tmp_path}",
+    ]
+    command += [f"--results={tmp_path / 'r'}", f"--work_dir={work}"]
+    mlp.main(command)
+    pack.main([str(work), str(file), "--seed=5"])
+    args = mlp.parse(command)
+    train, _ = mlp.load(args)
+    trainer = mlp.Trainer(args, train[0].shape)
+    state, rows = Checkpoints(work, keep=True).restore(trainer.init(train))
+    learner = trainer.learner(5)
+    own = jax.tree.map(lambda x: x[1], state.params)
+    seen = learner.network(state._replace(params=own))
+    saved = dstee.load(file)
+    for name, value in pack.by_name(seen).items():
+        np.testing.assert_array_equal(pack.by_name(saved.params)[name], value)
+    masks = pack.by_name(saved.masks)
+    assert masks.keys() == {"layers/0/kernel", "layers/1/kernel"}
+    share = np.mean(np.concatenate([mask.ravel() for mask in masks.values()]))
+    np.testing.assert_allclose(share, 0.25, atol=0.01)
+    np.testing.assert_allclose(rows[-1]["density"][1], share, atol=1e-6)
+    assert rows[-1]["accuracy"][1] > 15  # chance: 10

@@ -17,20 +17,19 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import dstee_jax as dstee
-from dstee_jax import soft_threshold
 from experiments.training import sis
 from experiments.training.arguments import Parser, choice
 from experiments.training.methods import (
     DISTRIBUTIONS,
     METHODS,
     STRUCTURES,
+    behind,
     first_masks,
     mask_steps,
-    model_params,
+    measures,
     optimizer,
 )
 
-THRESHOLD_START = -5.0  # STR's first threshold is sigmoid(-5) = 0.0067
 OWN_OPTIONS = ("normalize", "counter_init", "regrow")  # errors for methods without them
 OPTIONS = ("every", "start", "stop", "drop_fraction", "c", "eps", "structure", "distribution")
 OPTIONS += OWN_OPTIONS
@@ -38,10 +37,9 @@ OPTIONS += OWN_OPTIONS
 
 def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program where options do not go with the method."""
-    if args.sparse_allreduce and METHODS[args.method].trains != "masked":
+    method = METHODS[args.method]
+    if args.sparse_allreduce and (method.factory is None or method.trains != "masked"):
         parser.error(f"--method {args.method} trains no masks: leave --sparse_allreduce out.")
-    if args.sparse_allreduce and METHODS[args.method].factory is None:
-        parser.error(f"--method {args.method} is not sparse: leave --sparse_allreduce out.")
     for name in OWN_OPTIONS:
         having = [method for method, of in METHODS.items() if name in of.options]
         if getattr(args, name) is not None and args.method not in having:
@@ -132,10 +130,17 @@ class Learner:
         """
         self.key = jax.random.key(seed)
         self.trains = METHODS[args.method].trains
+        self.reparameterised = METHODS[args.method].behind is not None
         self.rescale, self.sparsity = args.rescale, args.sparsity
         self.dtype = jnp.bfloat16 if args.bf16 else jnp.float32
         self.label_smoothing = label_smoothing
         self.axis = "data" if args.sparse_allreduce else None
+        self.behind = behind(
+            args.method,
+            sparsity=args.sparsity,
+            total_steps=total_steps,
+            distribution=args.distribution,
+        )
         self._model = model
         shapes = nnx.eval_shape(lambda: self._built(training=True))
         self.train_def = nnx.split(shapes, nnx.Param, nnx.BatchStat)[0]
@@ -193,8 +198,7 @@ class Learner:
     def init(self) -> TrainState:
         """The state before the first step, sparse already."""
         params, stats = self._first()
-        if self.trains == "thresholds":
-            params = soft_threshold.init(params, start=THRESHOLD_START)
+        params = self.behind.start(params)
         opt_state = self.tx.init(params)
         if dstee.get_states(opt_state):
             params = dstee.rescale(params, opt_state) if self.rescale else params
@@ -205,12 +209,13 @@ class Learner:
         """((loss, statistics), gradient) on normalised images and labels."""
 
         def loss_fn(params):
-            model = nnx.merge(self.train_def, model_params(params), state.stats, copy=True)
+            seen, penalty = self.behind.network(params, state.step)
+            model = nnx.merge(self.train_def, seen, state.stats, copy=True)
             logits = model(x, *tiles).astype(jnp.float32)
             targets = jax.nn.one_hot(y, logits.shape[-1])
             targets = optax.smooth_labels(targets, self.label_smoothing)
             loss = optax.softmax_cross_entropy(logits, targets).mean()
-            return loss, nnx.state(model, nnx.BatchStat)
+            return loss + penalty, nnx.state(model, nnx.BatchStat)
 
         return jax.value_and_grad(loss_fn, has_aux=True)(state.params)
 
@@ -255,8 +260,17 @@ class Learner:
 
     def hits(self, state: TrainState, x: jax.Array, y: jax.Array) -> jax.Array:
         """How many of the images (normalised) are classified as their label; int32, shape ()."""
-        model = nnx.merge(self.eval_def, model_params(state.params), state.stats)
+        model = nnx.merge(self.eval_def, self.network(state), state.stats)
         return jnp.sum(model(x).argmax(-1) == y, dtype=jnp.int32)
+
+    def network(self, state: TrainState) -> Any:
+        """The parameters of the network, which for most methods are those that are trained."""
+        return self.behind.network(state.params, state.step)[0]
+
+    def measures(self, state: TrainState) -> tuple[jax.Array, jax.Array]:
+        """Density and exploration degree R; float32, shape () each."""
+        network = self.network(state) if self.reparameterised else None
+        return measures(state.opt_state, network)
 
     def keep(self, masks: Any) -> None:
         """Train with masks that stay as they are, from here on."""

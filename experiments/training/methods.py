@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 
 import dstee_jax as dstee
-from dstee_jax import at_init, methods, soft_threshold, structures
+from dstee_jax import at_init, methods, structures
+from experiments.training import reparameterised
+from experiments.training.reparameterised import Reparameterised
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure", "regrow")
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
@@ -52,13 +54,15 @@ class Method(NamedTuple):
       factory: from `dstee_jax.methods`, or None for dense training.
       options: of the command line that the factory takes; others are not passed on.
       first_masks: from `dstee_jax.at_init`, for methods that choose their masks once.
-      trains: `'masked'`; `'thresholds'`: learned soft thresholds, no masks (STR); `'pruned'`:
-        dense until `experiments.training.sis.PRUNE_AT`, then pruned once and masked (SIS).
+      behind: where the network's parameters come from, for methods that train others.
+      trains: `'masked'`, or `'pruned'`: dense until `experiments.training.sis.PRUNE_AT`, then
+        pruned once and masked (SIS).
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs] | None
     options: tuple[str, ...] = ()
     first_masks: Callable[..., Any] | None = None
+    behind: Callable[..., Reparameterised] | None = None
     trains: str = "masked"
 
 
@@ -72,7 +76,11 @@ METHODS = {
     "synflow": Method(methods.static, first_masks=at_init.synflow),
     "csti": Method(methods.static, first_masks=at_init.csti),
     # from dense to sparse
-    "str": Method(None, trains="thresholds"),
+    "str": Method(None, behind=reparameterised.thresholds),
+    "powerpropagation": Method(methods.gmp, ("every",), behind=reparameterised.powers),
+    "magnitude_ste": Method(None, behind=functools.partial(reparameterised.ste, False)),
+    "random_ste": Method(None, behind=functools.partial(reparameterised.ste, True)),
+    "top_kast": Method(None, behind=reparameterised.sets_of_top_kast),
     "sis": Method(methods.static, trains="pruned"),
     "gmp": Method(methods.gmp, ("every",)),
     "admm": Method(methods.admm),
@@ -167,20 +175,26 @@ def segments(done: int, count: int, mask_steps: Sequence[int]) -> list[tuple[int
     return [(steps[0], steps[-1] + 1, mask_step) for mask_step, steps in cut]
 
 
-def model_params(params: Any) -> Any:
-    """The parameters that the network sees: those behind thresholds, or `params` itself."""
-    behind = isinstance(params, soft_threshold.Thresholded)
-    return soft_threshold.apply(params) if behind else params
+def behind(
+    method: str, *, sparsity: float, total_steps: int, distribution: str | None = None
+) -> Reparameterised:
+    """Where the network's parameters come from: for most methods they are those it trains."""
+    make = METHODS[method].behind
+    if make is None:
+        return Reparameterised()
+    named = DISTRIBUTIONS[distribution or "erk"]
+    return make(sparsity=sparsity, total_steps=total_steps, distribution=named)
 
 
-def measures(params: Any, opt_state: Any) -> tuple[jax.Array, jax.Array]:
-    """Density and exploration degree R; 1 for dense training, R 1 for thresholds."""
+def measures(opt_state: Any, network: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Density and exploration degree R; both 1 without masks.
+
+    `network`: the network's parameters, if they are behind others: the density is theirs then.
+    """
     one = jnp.ones((), jnp.float32)
-    if isinstance(params, soft_threshold.Thresholded):
-        return soft_threshold.density(params), one
-    if not dstee.get_states(opt_state):
-        return one, one
-    return dstee.density(opt_state), dstee.exploration_degree(opt_state)
+    if dstee.get_states(opt_state):
+        return dstee.density(opt_state), dstee.exploration_degree(opt_state)
+    return one if network is None else reparameterised.density(network), one
 
 
 def first_masks(
