@@ -5,11 +5,10 @@
 A queue of runs that skips what is recorded in results/methods_mnist.jsonl, so that it can be
 stopped and continued at any time; then prints the table. A round every 100 steps where the method
 takes it, an epoch of 468 steps for SET and five for MEST as published; CHT's score of a kernel
-784 x 300 takes 5.5e10 multiply-adds a seed and round, so twice an epoch. Left out
-are STR, whose sparsity comes out of its weight decay, and CSTI, which needs layers as wide as the
-image. Methods since the paper come first, beside those they are
-compared with, then the others. A run takes a minute or less on 2 idle CPU cores, all of them about
-an hour.
+784 x 300 takes 5.5e10 multiply-adds a seed and round, so twice an epoch. Left out are STR, whose
+sparsity comes out of its weight decay, and CSTI, which needs layers as wide as the image. Methods
+since the paper come first, beside those they are compared with, then the others. A run takes a
+minute or less on 2 idle CPU cores, all of them about an hour.
 """
 
 import argparse

@@ -83,6 +83,7 @@ METHODS = {
     "top_kast": Method(None, behind=reparameterised.sets_of_top_kast),
     "sis": Method(methods.static, trains="pruned"),
     "gmp": Method(methods.gmp, ("every",)),
+    "gmp_overall": Method(functools.partial(methods.gmp, overall=True), ("every",)),
     "admm": Method(methods.admm),
     "gap": Method(methods.gap),
     "granet": Method(methods.granet, ("every",)),
