@@ -74,7 +74,7 @@ def test_what_is_no_run(tmp_path, capsys):
         pack.main([str(tmp_path), "x"])
 
 
-@pytest.mark.parametrize("method", ["powerpropagation", "magnitude_ste", "random_ste", "top_kast"])
+@pytest.mark.parametrize("method", ["powerpropagation", "random_ste"])
 def test_what_the_network_sees_is_packed(tmp_path, method):
     write_mnist(tmp_path, {"train": 100, "test": 30})
     work, file = tmp_path / "work", tmp_path / "network.safetensors"
