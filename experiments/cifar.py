@@ -183,11 +183,11 @@ def load(args: argparse.Namespace) -> Any:
 
 def store_of(args: argparse.Namespace) -> Checkpoints:
     """Those in `--work_dir`: with `--resume` of the same command, else none yet."""
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
+    store = Checkpoints(args.work_dir, keep=args.resume)
+    if store.latest() is None:
         (args.work_dir / "config.json").unlink(missing_ok=True)
     check_same_command(args, FREE)
-    return Checkpoints(args.work_dir, keep=args.resume)
+    return store
 
 
 def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str, Any]:
@@ -206,8 +206,7 @@ def run(args: argparse.Namespace, seed: int = 0, arrays: Any = None) -> dict[str
     if scored is not None:
         print_(dstee.summary(state.opt_state, state.params))
     store = store_of(args) if args.work_dir else None
-    pruned = trainer.learner.trains == "pruned"
-    prune_at = round(sis.PRUNE_AT * args.epochs) if pruned else None
+    prune_at = round(sis.PRUNE_AT * args.epochs) if trainer.learner.pruned else None
     if store and store.latest() is not None:
         first = store.latest()
         if prune_at is not None and first > prune_at:

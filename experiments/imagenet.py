@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> dict[str, Any] | None:
     check_same_command(args, FREE)
     programs = compile_for(learner, jax.eval_shape(learner.init), mesh, args.shard_params)
     state = jax.jit(learner.init, out_shardings=programs.shardings)()
-    prune_at = round(sis.PRUNE_AT * total) if learner.trains == "pruned" else None
+    prune_at = round(sis.PRUNE_AT * total) if learner.pruned else None
     batches = open_input(setup.train, args)
     store = Checkpoints(args.work_dir, keep=True)
     first, notes = store.latest() or 0, {}

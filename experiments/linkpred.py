@@ -242,9 +242,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     masked = [
-        name
-        for name, m in METHODS.items()
-        if m.trains == "masked" and not (m.first_masks or m.behind)
+        name for name, m in METHODS.items() if not (m.first_masks or m.reparameterised or m.pruned)
     ]
     add("--graph", type=Path, help="edge list: src dst time, or src dst weight time; gzip or not")
     add("--method", type=choice(masked), nargs="+", default=["dst_ee"], help=", ".join(masked))

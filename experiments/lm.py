@@ -340,8 +340,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--sparsity {args.sparsity} must be in [0, 1), as 0.9 for 10% of weights.")
     if args.method not in METHODS:
         parser.error(
-            f"--method {args.method} does not keep the count of every layer, or chooses masks "
-            f"from images: pass one of {', '.join(METHODS)}."
+            f"--method {args.method} does not keep the count of every layer, chooses masks from "
+            f"images, or trains other weights than the network's: pass one of {', '.join(METHODS)}."
         )
     if args.sparse_allreduce:
         parser.error("--sparse_allreduce is not for this one-device experiment: leave it out.")

@@ -81,7 +81,7 @@ class Trainer:
         self.seeds = jnp.array(args.seeds, jnp.int32)
         method = METHODS[args.method]
         self.chooses = method.first_masks is not None
-        self.prune_at = round(sis.PRUNE_AT * args.epochs) if method.trains == "pruned" else None
+        self.prune_at = round(sis.PRUNE_AT * args.epochs) if method.pruned else None
         self.mask_steps = self.learner(args.seeds[0]).mask_steps
 
     def learner(self, seed: Any, state: TrainState | None = None, scored: Any = None) -> Learner:

@@ -3,7 +3,8 @@
     python -m experiments.pack RUN model.safetensors
 
 RUN is the `--work_dir` of a run of `experiments.cifar`, `imagenet`, `mlp` or `lm`; its last
-checkpoint is taken. `python -m dstee_jax show model.safetensors` shows what is in the file, and
+checkpoint is taken (of a run by STE that was stopped, at the sparsity of its end).
+`python -m dstee_jax show model.safetensors` shows what is in the file, and
 
     params, masks, metadata = dstee.load("model.safetensors", like=nnx.state(model))
 
@@ -26,7 +27,7 @@ from dstee_jax import soft_threshold
 from experiments.training import reparameterised
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints, by_name
-from experiments.training.methods import METHODS, behind
+from experiments.training.methods import METHODS, reparameterisation
 
 Arrays = dict[str, np.ndarray]
 
@@ -49,11 +50,11 @@ def whole(rectangle: np.ndarray, index: np.ndarray, mask: np.ndarray) -> np.ndar
     return np.asarray(dstee.Tiles(index, tile, shape).dense(rectangle))
 
 
-def nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Values by name as a tree of dictionaries."""
-    tree: dict[str, Any] = {}
+def nested(values: dict[str, Any], *, numbers: bool = False) -> dict[Any, Any]:
+    """Values by name as a tree of dictionaries; with `numbers`, leaves are in the run's order."""
+    tree: dict[Any, Any] = {}
     for name, value in values.items():
-        *above, last = name.split("/")
+        *above, last = (int(k) if numbers and k.isdigit() else k for k in name.split("/"))
         node = tree
         for key in above:
             node = node.setdefault(key, {})
@@ -61,20 +62,24 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def seen(params: Any, settings: Mapping[str, Any], step: Any) -> Arrays:
+def method_of(params: Any, settings: Mapping[str, Any]) -> str:
+    """The method of a run; parameters behind thresholds show it without its settings."""
+    thresholded = set(params) == set(soft_threshold.Thresholded._fields)
+    return "str" if thresholded else settings.get("method", "dense")
+
+
+def seen(params: Any, method: str, settings: Mapping[str, Any], step: Any) -> Arrays:
     """The parameters that the network sees, by name, of those that were trained."""
-    method = settings.get("method", "dense")
-    if METHODS[method].behind is None:
+    if METHODS[method].reparameterised is None:
         return by_name(params)
-    if set(params) == set(soft_threshold.Thresholded._fields):
+    trained: Any = nested(by_name(params), numbers=True)
+    if method == "str":
         weights, thresholds = map(by_name, (params["weights"], params["thresholds"]))
         thresholds = {name: thresholds.get(name, optax.MaskedNode()) for name in weights}
         trained = soft_threshold.Thresholded(weights, thresholds)
-    else:
-        trained = nested(by_name(params))
-    options = {name: settings.get(name) for name in ("sparsity", "distribution")}
-    weights = behind(method, total_steps=1, **options)  # as sparse as at the end
-    params, _ = weights.network(trained, jnp.asarray(step))
+    options: Any = {name: settings.get(name) for name in ("sparsity", "distribution")}
+    behind = reparameterisation(method, total_steps=1, **options)  # as sparse as at the end
+    params, _ = behind.apply(trained, jnp.asarray(step))
     return by_name(jax.tree.map(lambda x: x + 0, params))  # -0.0 becomes 0.0
 
 
@@ -96,9 +101,10 @@ def network(
     if seed is not None:
         some = jax.tree.map(lambda x: x[seed], some)
     params, stats, masks, index = some[0], *map(by_name, some[1:])
-    arrays = seen(params, settings, state.get("step", 1))
-    if METHODS[settings.get("method", "dense")].behind is not None:
-        masks = by_name(reparameterised.active(nested(arrays)))
+    method = method_of(params, settings)
+    arrays = seen(params, method, settings, state.get("step", 1))
+    if not masks and METHODS[method].reparameterised is not None:
+        masks = by_name(reparameterised.nonzero(nested(arrays)))
     for name, mask in masks.items():
         if name in index and arrays[name].ndim > mask.ndim:
             arrays[name] = whole(arrays[name], index[name], mask)

@@ -28,11 +28,11 @@ from experiments.training import records, sis
 from experiments.training.arguments import Parser, at_least_one, choice
 from experiments.training.methods import (
     METHODS,
-    behind,
     first_masks,
     mask_steps,
     measures,
     optimizer,
+    reparameterisation,
     segments,
 )
 from experiments.training.progress import bar, conclude
@@ -112,10 +112,10 @@ def train(
     steps = STEPS if steps is None else steps
     x_train, y_train, x_eval, y_eval = load(split)
     schedule = optax.cosine_decay_schedule(LEARNING_RATE, steps)
-    trains = METHODS[method].trains
+    factory, _, chosen, reparameterised, pruned = METHODS[method]
     decay = WEIGHT_DECAY if method != "str" else options["threshold_decay"]
-    reparameterised = METHODS[method].behind is not None
-    weights = behind(method, sparsity=sparsity, total_steps=steps)
+    named = options.get("distribution")
+    behind = reparameterisation(method, sparsity=sparsity, total_steps=steps, distribution=named)
     inner = optax.chain(
         optax.add_decayed_weights(decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
@@ -129,13 +129,13 @@ def train(
         """The optimizer whose state this is: its masks are given where they were chosen."""
         if not dstee.get_states(opt_state):
             return inner
-        given = METHODS[method].first_masks or trains == "pruned"
+        given = chosen or pruned
         return make(key, dstee.get_state(opt_state).masks if given else None)
 
     def init(key):
         params = init_params(jax.random.fold_in(key, 0))
-        params = weights.start(params)
-        if METHODS[method].factory is None or trains != "masked":
+        params = behind.init(params)
+        if factory is None or pruned:
             return params, inner.init(params)
         some = jax.random.permutation(jax.random.fold_in(key, 2), len(x_train))[:SCORED]
         batch = (x_train[some], y_train[some])
@@ -154,7 +154,7 @@ def train(
         return params, state._replace(counters=explored, inner_state=opt_state)
 
     def loss(trained, t, x, y):
-        params, penalty = weights.network(trained, t)
+        params, penalty = behind.apply(trained, t)
         logits = forward(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean() + penalty
 
@@ -171,7 +171,7 @@ def train(
         return jax.lax.fori_loop(begin, end, step, (params, opt_state))
 
     def evaluate(trained, opt_state, t):
-        params, _ = weights.network(trained, t)
+        params, _ = behind.apply(trained, t)
         hits = forward(params, x_eval).argmax(-1) == y_eval
         density, explored = measures(opt_state, params if reparameterised else None)
         return 100 * hits.mean(), explored, density
@@ -199,7 +199,7 @@ def train(
     first_mask = _first_mask(opt_state)
     curves = []
     for first in range(0, steps, EVAL_EVERY):
-        if trains == "pruned" and first >= sis.PRUNE_AT * steps > first - EVAL_EVERY:
+        if pruned and first >= sis.PRUNE_AT * steps > first - EVAL_EVERY:
             one = jax.tree.map(lambda x: x[0], (params, opt_state))
             axes = dstee.seed_axes(jax.eval_shape(prune, *one, keys[0])[1])
             pruned = jax.vmap(prune, in_axes=(0, 0, 0), out_axes=(0, axes))

@@ -310,13 +310,12 @@ def test_sharding_is_along_the_longest_axis_that_divides(shape, shard, spec):
     assert imagenet.sharding_of(mesh, shape, shard).spec == spec
 
 
-@pytest.mark.parametrize("method", ["str", "sis"])
-def test_methods_that_train_in_another_way(data_dir, tmp_path, method, monkeypatch):
+@pytest.mark.parametrize("options", [["--method=sis"], ["--method=top_kast", "--shard_params"]])
+def test_methods_that_train_in_another_way(data_dir, tmp_path, options, monkeypatch):
     monkeypatch.setattr(sis, "ROWS", 32)
-    record = run(data_dir, tmp_path, f"--method={method}", "--batch=16", "--steps=6")
-    if method == "sis":
-        assert record["density"] == pytest.approx(0.1, abs=1e-4)
-    again = run(data_dir, tmp_path, f"--method={method}", "--batch=16", "--steps=6")
+    record = run(data_dir, tmp_path, *options, "--batch=16", "--steps=6")
+    assert record["density"] == pytest.approx(0.1, abs=1e-4)
+    again = run(data_dir, tmp_path, *options, "--batch=16", "--steps=6")
     assert again == record  # a finished run has nothing left to do
 
 

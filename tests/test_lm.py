@@ -113,13 +113,13 @@ def test_perplexity_is_that_of_the_logits(model):
 
 def test_a_run_learns_stays_sparse_and_is_recorded(words, tmp_path, monkeypatch, capsys):
     kept = {}
-    measures = lm.measures
+    perplexity = lm.Trainer.perplexity
 
-    def seen(params, opt_state):
-        kept["params"], kept["masks"] = jax.device_get((params, dstee.get_state(opt_state).masks))
-        return measures(params, opt_state)
+    def seen(self, state, part):
+        kept["params"], kept["masks"] = jax.device_get((state[0], dstee.get_state(state[2]).masks))
+        return perplexity(self, state, part)
 
-    monkeypatch.setattr(lm, "measures", seen)
+    monkeypatch.setattr(lm.Trainer, "perplexity", seen)
     results = tmp_path / "lm.jsonl"
     command = [*TINY, "--steps", "40", "--every", "8", "--sparsity", "0.8"]
     lm.main([*command, "--text", str(words), "--results", str(results), "--learning_rate", "1e-2"])

@@ -96,7 +96,7 @@ def test_what_the_network_sees_is_packed(tmp_path, method):
     state, rows = Checkpoints(work, keep=True).restore(trainer.init(train))
     learner = trainer.learner(5)
     own = jax.tree.map(lambda x: x[1], state.params)
-    seen = learner.network(state._replace(params=own))
+    seen = learner.seen(state._replace(params=own))
     saved = dstee.load(file)
     for name, value in pack.by_name(seen).items():
         np.testing.assert_array_equal(pack.by_name(saved.params)[name], value)

@@ -69,6 +69,7 @@ def check_same(tx, due):
 
 
 FIXED = ("dense", "static", "magnitude", "snip", "grasp", "synflow", "csti", "str", "sis")
+FIXED += ("magnitude_ste", "random_ste", "top_kast")
 # Of methods whose own schedule has no round in so few steps.
 SCHEDULED = (
     "set",
@@ -80,6 +81,8 @@ SCHEDULED = (
     "mest_ems",
     "snfs",
     "gmp",
+    "gmp_overall",
+    "powerpropagation",
     "srigl",
     "smet",
     "gse",

@@ -330,7 +330,7 @@ def masks(work_dir: Path) -> Figure:
     state = Checkpoints(work_dir, keep=True).restore_plain()["opt_state"]
     if "masks" not in state:
         raise FileNotFoundError(
-            f"the run in {work_dir} has no masks: it is dense, or learns thresholds."
+            f"the run in {work_dir} keeps no masks: it is dense, or trains dense weights."
         )
     saved = by_name(state["masks"]).items()
     found = {name.removesuffix("/kernel"): mask for name, mask in saved}

@@ -23,11 +23,11 @@ from experiments.training.methods import (
     DISTRIBUTIONS,
     METHODS,
     STRUCTURES,
-    behind,
     first_masks,
     mask_steps,
     measures,
     optimizer,
+    reparameterisation,
 )
 
 OWN_OPTIONS = ("normalize", "counter_init", "regrow")  # errors for methods without them
@@ -38,7 +38,7 @@ OPTIONS += OWN_OPTIONS
 def check_method_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program where options do not go with the method."""
     method = METHODS[args.method]
-    if args.sparse_allreduce and (method.factory is None or method.trains != "masked"):
+    if args.sparse_allreduce and (method.factory is None or method.pruned):
         parser.error(f"--method {args.method} trains no masks: leave --sparse_allreduce out.")
     for name in OWN_OPTIONS:
         having = [method for method, of in METHODS.items() if name in of.options]
@@ -129,13 +129,13 @@ class Learner:
           selection: of `dstee.transform`; 'sharded' for parameters that are sharded.
         """
         self.key = jax.random.key(seed)
-        self.trains = METHODS[args.method].trains
-        self.reparameterised = METHODS[args.method].behind is not None
+        self.pruned = METHODS[args.method].pruned
+        self.reparameterised = METHODS[args.method].reparameterised is not None
         self.rescale, self.sparsity = args.rescale, args.sparsity
         self.dtype = jnp.bfloat16 if args.bf16 else jnp.float32
         self.label_smoothing = label_smoothing
         self.axis = "data" if args.sparse_allreduce else None
-        self.behind = behind(
+        self.reparameterisation = reparameterisation(
             args.method,
             sparsity=args.sparsity,
             total_steps=total_steps,
@@ -159,7 +159,7 @@ class Learner:
             **given_options(args),
         )
         self.tx = optax.with_extra_args_support(inner)
-        if self.trains == "masked":
+        if not self.pruned:
             self.tx = self._make(masks=self._chosen(args, scored))
         self.mask_steps = mask_steps(args.method, self.tx)
         # Whether steps between mask steps read dense gradients, as those of a method with memory.
@@ -198,7 +198,7 @@ class Learner:
     def init(self) -> TrainState:
         """The state before the first step, sparse already."""
         params, stats = self._first()
-        params = self.behind.start(params)
+        params = self.reparameterisation.init(params)
         opt_state = self.tx.init(params)
         if dstee.get_states(opt_state):
             params = dstee.rescale(params, opt_state) if self.rescale else params
@@ -209,7 +209,7 @@ class Learner:
         """((loss, statistics), gradient) on normalised images and labels."""
 
         def loss_fn(params):
-            seen, penalty = self.behind.network(params, state.step)
+            seen, penalty = self.reparameterisation.apply(params, state.step)
             model = nnx.merge(self.train_def, seen, state.stats, copy=True)
             logits = model(x, *tiles).astype(jnp.float32)
             targets = jax.nn.one_hot(y, logits.shape[-1])
@@ -260,17 +260,16 @@ class Learner:
 
     def hits(self, state: TrainState, x: jax.Array, y: jax.Array) -> jax.Array:
         """How many of the images (normalised) are classified as their label; int32, shape ()."""
-        model = nnx.merge(self.eval_def, self.network(state), state.stats)
+        model = nnx.merge(self.eval_def, self.seen(state), state.stats)
         return jnp.sum(model(x).argmax(-1) == y, dtype=jnp.int32)
 
-    def network(self, state: TrainState) -> Any:
-        """The parameters of the network, which for most methods are those that are trained."""
-        return self.behind.network(state.params, state.step)[0]
+    def seen(self, state: TrainState) -> Any:
+        """The parameters that the network sees: for most methods those that are trained."""
+        return self.reparameterisation.apply(state.params, state.step)[0]
 
     def measures(self, state: TrainState) -> tuple[jax.Array, jax.Array]:
         """Density and exploration degree R; float32, shape () each."""
-        network = self.network(state) if self.reparameterised else None
-        return measures(state.opt_state, network)
+        return measures(state.opt_state, self.seen(state) if self.reparameterised else None)
 
     def keep(self, masks: Any) -> None:
         """Train with masks that stay as they are, from here on."""

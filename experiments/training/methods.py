@@ -12,7 +12,7 @@ import optax
 import dstee_jax as dstee
 from dstee_jax import at_init, methods, structures
 from experiments.training import reparameterised
-from experiments.training.reparameterised import Reparameterised
+from experiments.training.reparameterised import Reparameterisation
 
 _SCHEDULE = ("every", "start", "stop", "drop_fraction", "structure", "regrow")
 SCORED_PER_CLASS = 10  # images of a class that SNIP and GraSP see, on average
@@ -51,20 +51,22 @@ class Method(NamedTuple):
     """How a method by name becomes an optimizer.
 
     Attributes:
-      factory: from `dstee_jax.methods`, or None for dense training.
+      factory: from `dstee_jax.methods`, or None where no masks are kept.
       options: of the command line that the factory takes; others are not passed on.
       first_masks: from `dstee_jax.at_init`, for methods that choose their masks once.
-      behind: where the network's parameters come from, for methods that train others.
-      trains: `'masked'`, or `'pruned'`: dense until `experiments.training.sis.PRUNE_AT`, then
-        pruned once and masked (SIS).
+      reparameterised: where the network's parameters come from, for methods that train others.
+      pruned: dense until `experiments.training.sis.PRUNE_AT`, then pruned once and masked (SIS).
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs] | None
     options: tuple[str, ...] = ()
     first_masks: Callable[..., Any] | None = None
-    behind: Callable[..., Reparameterised] | None = None
-    trains: str = "masked"
+    reparameterised: Callable[..., Reparameterisation] | None = None
+    pruned: bool = False
 
+
+MAGNITUDE_STE = functools.partial(reparameterised.ste, at_random=False)
+RANDOM_STE = functools.partial(reparameterised.ste, at_random=True)
 
 METHODS = {
     "dense": Method(None),
@@ -76,12 +78,12 @@ METHODS = {
     "synflow": Method(methods.static, first_masks=at_init.synflow),
     "csti": Method(methods.static, first_masks=at_init.csti),
     # from dense to sparse
-    "str": Method(None, behind=reparameterised.thresholds),
-    "powerpropagation": Method(methods.gmp, ("every",), behind=reparameterised.powers),
-    "magnitude_ste": Method(None, behind=functools.partial(reparameterised.ste, False)),
-    "random_ste": Method(None, behind=functools.partial(reparameterised.ste, True)),
-    "top_kast": Method(None, behind=reparameterised.sets_of_top_kast),
-    "sis": Method(methods.static, trains="pruned"),
+    "str": Method(None, reparameterised=reparameterised.thresholds),
+    "powerpropagation": Method(methods.gmp, ("every",), reparameterised=reparameterised.powers),
+    "magnitude_ste": Method(None, reparameterised=MAGNITUDE_STE),
+    "random_ste": Method(None, reparameterised=RANDOM_STE),
+    "top_kast": Method(None, reparameterised=reparameterised.sets_of_top_kast),
+    "sis": Method(methods.static, pruned=True),
     "gmp": Method(methods.gmp, ("every",)),
     "gmp_overall": Method(functools.partial(methods.gmp, overall=True), ("every",)),
     "admm": Method(methods.admm),
@@ -128,7 +130,7 @@ def optimizer(
     tiles: Sequence[int] | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` made sparse by the method of that name; `inner` alone for 'dense'.
+    """`inner` made sparse by the method of that name; `inner` alone where no masks are kept.
 
     Options that the method does not have are left out; `distribution`, `where`, `stack_axes` and
     `scale` are for all. `masks` are those of `first_masks`; `selection` and `indices` are
@@ -160,8 +162,8 @@ def tiles_divide(tiles: Sequence[int], path: Any, leaf: Any) -> bool:
 
 def mask_steps(method: str, tx: optax.GradientTransformation) -> Sequence[int]:
     """The steps, from 1, on which the masks of that method's optimizer may change."""
-    factory, *_, trains = METHODS[method]
-    return dstee.mask_steps_of(tx) if factory and trains == "masked" else ()
+    factory, *_, pruned = METHODS[method]
+    return dstee.mask_steps_of(tx) if factory and not pruned else ()
 
 
 def segments(done: int, count: int, mask_steps: Sequence[int]) -> list[tuple[int, int, bool]]:
@@ -176,21 +178,21 @@ def segments(done: int, count: int, mask_steps: Sequence[int]) -> list[tuple[int
     return [(steps[0], steps[-1] + 1, mask_step) for mask_step, steps in cut]
 
 
-def behind(
+def reparameterisation(
     method: str, *, sparsity: float, total_steps: int, distribution: str | None = None
-) -> Reparameterised:
+) -> Reparameterisation:
     """Where the network's parameters come from: for most methods they are those it trains."""
-    make = METHODS[method].behind
+    make = METHODS[method].reparameterised
     if make is None:
-        return Reparameterised()
+        return Reparameterisation()
     named = DISTRIBUTIONS[distribution or "erk"]
     return make(sparsity=sparsity, total_steps=total_steps, distribution=named)
 
 
 def measures(opt_state: Any, network: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Density and exploration degree R; both 1 without masks.
+    """Density and exploration degree R; both 1 without masks, which R is read from.
 
-    `network`: the network's parameters, if they are behind others: the density is theirs then.
+    `network`: the network's parameters, if others are trained: the density is theirs then.
     """
     one = jnp.ones((), jnp.float32)
     if dstee.get_states(opt_state):
