@@ -310,11 +310,14 @@ def test_sharding_is_along_the_longest_axis_that_divides(shape, shard, spec):
     assert imagenet.sharding_of(mesh, shape, shard).spec == spec
 
 
-@pytest.mark.parametrize("options", [["--method=sis"], ["--method=top_kast", "--shard_params"]])
+@pytest.mark.parametrize(
+    "options", [["--method=str"], ["--method=sis"], ["--method=top_kast", "--shard_params"]]
+)
 def test_methods_that_train_in_another_way(data_dir, tmp_path, options, monkeypatch):
     monkeypatch.setattr(sis, "ROWS", 32)
     record = run(data_dir, tmp_path, *options, "--batch=16", "--steps=6")
-    assert record["density"] == pytest.approx(0.1, abs=1e-4)
+    if options != ["--method=str"]:
+        assert record["density"] == pytest.approx(0.1, abs=1e-4)
     again = run(data_dir, tmp_path, *options, "--batch=16", "--steps=6")
     assert again == record  # a finished run has nothing left to do
 
