@@ -69,15 +69,38 @@ def count(
 
 
 class Keys(NamedTuple):
-    """One array of unsigned keys, cut into parts."""
+    """One array of unsigned keys, cut into parts.
+
+    With `side`, each part is two: what is False and what is True there, whose entries lie among
+    each other. What is said of each part then has a first axis of those two.
+    """
 
     bits: jax.Array  # `parts.split` of the array
     inner: tuple[int, ...]  # its axes within a part
     size: int  # entries of a part
     sharded: bool = False  # whether it is split over Auto mesh axes
+    side: jax.Array | None = None  # bool, as `bits`
 
     def spread(self, per_part: jax.Array) -> jax.Array:
         """A value for each part, to broadcast against the bits."""
+        if self.side is None:
+            return self._broadcast(per_part)
+        return jnp.where(self.side, self._broadcast(per_part[1]), self._broadcast(per_part[0]))
+
+    def counts(
+        self, counted: Callable[[jax.Array], jax.Array], values: Sequence[jax.Array]
+    ) -> tuple[jax.Array, ...]:
+        """For each of some values for each part, how many entries of it are `counted(value)`."""
+        if self.side is None:
+            entries = [counted(self._broadcast(value)) for value in values]
+            return count(self.inner, *entries, sharded=self.sharded)
+        # Each side against its own value: a select between them would be computed entry by entry.
+        both = (~self.side, self.side)
+        entries = [counted(self._broadcast(v[i])) & both[i] for v in values for i in (0, 1)]
+        flat = count(self.inner, *entries, sharded=self.sharded)
+        return tuple(jnp.stack(pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+
+    def _broadcast(self, per_part: jax.Array) -> jax.Array:
         return jnp.expand_dims(per_part, self.inner) if per_part.ndim else per_part
 
 
@@ -219,7 +242,7 @@ def _start(search: Search, dtype: Any = None) -> Found:
 def _reaching(search: Search) -> _Reaching:
     def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return _summed(
-            count(key.inner, *(key.bits >= key.spread(t) for t in thresholds), sharded=key.sharded)
+            key.counts(functools.partial(jnp.greater_equal, key.bits), thresholds)
             for key in search.keys
         )
 
@@ -233,8 +256,7 @@ def _reaching_ties(search: Search, found: Found) -> _Reaching:
         by_array = []
         for key, rank in zip(search.keys, _ranks(search), strict=True):
             tied = key.bits == key.spread(found.threshold)
-            reached = (tied & (rank >= key.spread(t)) for t in thresholds)
-            by_array.append(count(key.inner, *reached, sharded=key.sharded))
+            by_array.append(key.counts(lambda t, tied=tied, rank=rank: tied & (rank >= t), thresholds))
         return _summed(by_array)
 
     return counts

@@ -1,4 +1,4 @@
-"""What many arrays drop and grow: one search for all drops, one for all that grows."""
+"""What many arrays drop and grow: one search for both, in all of them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.selection.bisection import INDEX, chosen, count, ordered_bits
+from dstee_jax.selection.bisection import INDEX, Keys, Search, chosen, count, ordered_bits
 from dstee_jax.selection.largest import Selection, largest_top_k, resolve, search_of, size_of
 from dstee_jax.selection.parts import Grid, by_part, inner_axes, join, split
 
@@ -24,10 +24,10 @@ class Exchange(NamedTuple):
 
 
 def exchange(rows: Sequence[Exchange], *, regrow: bool, selection: Selection) -> list[jax.Array]:
-    """`drop_and_grow` of many arrays: one search for what all of them drop, one for what they grow.
+    """`drop_and_grow` of many arrays: one search for what all of them drop and what they grow.
 
-    Arrays for which `top_k` is taken are searched one by one. Growth comes first, since what can
-    grow bounds what is dropped; with `regrow` the drop does, since what it drops can grow.
+    With `regrow` there are two, since what is dropped can grow. Arrays for which `top_k` is taken
+    are searched one by one.
 
     Args:
       rows: the arrays.
@@ -39,56 +39,73 @@ def exchange(rows: Sequence[Exchange], *, regrow: bool, selection: Selection) ->
     sizes = [size_of(row.mask, tuple(range(row.mask.ndim))) for row in rows]
     able = [i for i, row in enumerate(rows) if min(row.k_max, sizes[i]) > 0]
     cut = [_Cut.of(rows[i], selection) for i in able]
-    if regrow:
-        active = [c.counted(c.mask)[0] for c in cut]
-        drops = [c.clip(c.k, n) for c, n in zip(cut, active, strict=True)]
-        dropped = _best([c.worst(k) for c, k in zip(cut, drops, strict=True)])
-        growing = [c.to_grow(gone) for c, gone in zip(cut, dropped, strict=True)]
-        free = [c.counted(c.able(score))[0] for c, score in zip(cut, growing, strict=True)]
-    else:
-        growing = [c.to_grow(None) for c in cut]
-        counts = [c.counted(c.mask, c.able(score)) for c, score in zip(cut, growing, strict=True)]
-        drops = [c.clip(c.k, n) for c, (n, _) in zip(cut, counts, strict=True)]
-        free = [n for _, n in counts]
+    changing = _one_after_the_other(cut) if regrow else _at_once(cut)
+    result = [row.mask for row in rows]
+    for i, c, changes in zip(able, cut, changing, strict=True):
+        result[i] = join(c.mask ^ changes, rows[i].mask.shape, rows[i].grid)
+    return result
+
+
+def _at_once(cut: "Sequence[_Cut]") -> list[jax.Array]:
+    """Where masks change: what is dropped is active, what grows is not, one array holds both."""
+    changing: list[Any] = [None] * len(cut)
+    searches = {}
+    for i, c in enumerate(cut):
+        score = jnp.where(c.mask, c.to_drop(), c.to_grow())
+        bits = ordered_bits(score)
+        active, free = c.counted(c.mask, ~c.mask & _able(bits, score))
+        drop = c.clip(c.k, active)
+        grow = (drop if c.k_grow is None else c.clip(c.k_grow, free)).clip(max=free)
+        drop = grow if c.k_grow is None else drop
+        if c.selection == "top_k":
+            worst, best = jnp.where(c.mask, score, -jnp.inf), jnp.where(c.mask, -jnp.inf, score)
+            pair = [largest_top_k(x, c.inner, k, c.k_max) for x, k in ((worst, drop), (best, grow))]
+            changing[i] = pair[0] | pair[1]
+        else:
+            size, sharded = size_of(bits, c.inner), c.selection == "sharded"
+            keys = Keys(bits, c.inner, size, sharded, side=c.mask)
+            searches[i] = Search([keys], jnp.stack([grow, drop]))
+    for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
+        changing[i] = mask
+    return changing
+
+
+def _one_after_the_other(cut: "Sequence[_Cut]") -> list[jax.Array]:
+    """Where masks change, if what is dropped can grow."""
+    worst = [jnp.where(c.mask, c.to_drop(), -jnp.inf) for c in cut]
+    active = [c.counted(c.mask)[0] for c in cut]
+    drops = [c.clip(c.k, n) for c, n in zip(cut, active, strict=True)]
+    dropped = _best(cut, worst, drops)
+    scores = [c.to_grow(gone) for c, gone in zip(cut, dropped, strict=True)]
+    rows = zip(cut, scores, strict=True)
+    free = [c.counted(_able(ordered_bits(score), score))[0] for c, score in rows]
     grows = [
         (k if c.k_grow is None else c.clip(c.k_grow, n)).clip(max=n)
         for c, k, n in zip(cut, drops, free, strict=True)
     ]
-    grown = _best([c.best(*row) for c, *row in zip(cut, growing, grows, strict=True)])
-    if not regrow:
-        drops = [g if c.k_grow is None else k for c, k, g in zip(cut, drops, grows, strict=True)]
-        # Said with what has grown, though it is inactive: so the drop waits for the growth, whose
-        # keys leave it their memory.
-        waiting = [c._replace(mask=c.mask & ~new) for c, new in zip(cut, grown, strict=True)]
-        dropped = _best([c.worst(k) for c, k in zip(waiting, drops, strict=True)])
-    result = [row.mask for row in rows]
-    for i, c, gone, new in zip(able, cut, dropped, grown, strict=True):
-        result[i] = join((c.mask & ~gone) | new, rows[i].mask.shape, rows[i].grid)
-    return result
+    grown = _best(cut, scores, grows)
+    return [gone ^ new for gone, new in zip(dropped, grown, strict=True)]
 
 
-class _Best(NamedTuple):
-    """The k entries of highest score that are looked for in each part of an array."""
-
-    score: jax.Array
-    inner: tuple[int, ...]  # axes within a part
-    k: jax.Array
-    k_max: int
-    selection: Selection
-
-
-def _best(wanted: Sequence[_Best]) -> list[jax.Array]:
-    """Masks of what is looked for: one search for all but those for which `top_k` is taken."""
-    found: list[Any] = [None] * len(wanted)
+def _best(
+    cut: "Sequence[_Cut]", scores: Sequence[jax.Array], counts: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Masks of the entries of highest score in each array: one search for all but `top_k`."""
+    found: list[Any] = [None] * len(cut)
     searches = {}
-    for i, (score, inner, k, k_max, selection) in enumerate(wanted):
-        if selection == "top_k":
-            found[i] = largest_top_k(score, inner, k, k_max)
+    for i, (c, score, k) in enumerate(zip(cut, scores, counts, strict=True)):
+        if c.selection == "top_k":
+            found[i] = largest_top_k(score, c.inner, k, c.k_max)
         else:
-            searches[i] = search_of(score, inner, k, selection)
+            searches[i] = search_of(score, c.inner, k, c.selection)
     for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
         found[i] = mask
     return found
+
+
+def _able(bits: jax.Array, score: jax.Array) -> jax.Array:
+    """Which entries can grow: by their keys, which are wanted anyway."""
+    return bits > ordered_bits(jnp.array(-jnp.inf, score.dtype))
 
 
 class _Cut(NamedTuple):
@@ -125,19 +142,13 @@ class _Cut(NamedTuple):
         """How many entries of each part are True in each array."""
         return count(self.inner, *entries, sharded=self.selection == "sharded")
 
-    def able(self, score: jax.Array) -> jax.Array:
-        """Which entries can grow: by their keys, which are wanted anyway."""
-        return ordered_bits(score) > ordered_bits(jnp.array(-jnp.inf, score.dtype))
-
-    def worst(self, k: jax.Array) -> _Best:
-        """The k active entries of lowest drop score; NaN goes last."""
+    def to_drop(self) -> jax.Array:
+        """The score of dropping an entry, if it is active; NaN goes last."""
         raw = -self.drop_score
-        score = jnp.where(raw == jnp.inf, jnp.finfo(raw.dtype).max, _finite(raw))
-        score = jnp.where(self.mask, score, -jnp.inf)
-        return _Best(score, self.inner, k, self.k_max, self.selection)
+        return jnp.where(raw == jnp.inf, jnp.finfo(raw.dtype).max, _finite(raw))
 
-    def to_grow(self, dropped: jax.Array | None) -> jax.Array:
-        """The grow score of what may grow, minus infinity elsewhere.
+    def to_grow(self, dropped: jax.Array | None = None) -> jax.Array:
+        """The score of growing what may grow, minus infinity elsewhere.
 
         A dropped entry without a finite score comes back only if nothing else is left, which is
         the same as not having dropped it.
@@ -145,10 +156,6 @@ class _Cut(NamedTuple):
         eligible = ~self.mask & jnp.isfinite(self.grow_score)
         eligible = eligible if dropped is None else eligible | dropped
         return jnp.where(eligible, _finite(self.grow_score), -jnp.inf)
-
-    def best(self, score: jax.Array, k: jax.Array) -> _Best:
-        """The k entries of highest score."""
-        return _Best(score, self.inner, k, self.k_max, self.selection)
 
 
 def _finite(score: jax.Array) -> jax.Array:

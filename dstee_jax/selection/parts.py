@@ -80,12 +80,13 @@ def join(x: jax.Array, shape: tuple[int, ...], grid: Grid) -> jax.Array:
 
 
 def by_part(value: jax.Array, cut: jax.Array, inner: tuple[int, ...]) -> jax.Array:
-    """A value for each part, laid on devices as the parts of `cut` are."""
+    """A value for each part, laid on devices as the parts of `cut` are; other axes come first."""
     if not value.ndim or not is_sharded(cut):
         return value
     place = jax.typeof(cut).sharding
     names = [name for axis, name in enumerate(place.spec) if axis not in inner]
-    return jax.sharding.reshard(value, NamedSharding(place.mesh, P(*names)))
+    first = [None] * (value.ndim - len(names))
+    return jax.sharding.reshard(value, NamedSharding(place.mesh, P(*first, *names)))
 
 
 def flatten(x: jax.Array, grid: Grid) -> jax.Array:
