@@ -86,22 +86,26 @@ class Keys(NamedTuple):
     sharded: bool = False  # whether it is split over Auto mesh axes
     side: jax.Array | None = None  # bool, as `bits`
 
-    def spread(self, per_part: jax.Array) -> jax.Array:
-        """A value for each part, to broadcast against the bits."""
+    def entries(self, told: Callable[..., jax.Array], *per_part: jax.Array) -> jax.Array:
+        """Which entries are `told` by the values of their part: bool, as the bits."""
         if self.side is None:
-            return self._broadcast(per_part)
-        return jnp.where(self.side, self._broadcast(per_part[1]), self._broadcast(per_part[0]))
+            return told(*map(self._broadcast, per_part))
+        off, on = (told(*(self._broadcast(v[i]) for v in per_part)) for i in (0, 1))
+        return (off & ~self.side) | (on & self.side)
 
     def counts(
-        self, counted: Callable[[jax.Array], jax.Array], values: Sequence[jax.Array]
+        self, told: Callable[..., jax.Array], values: Sequence[tuple[jax.Array, ...]]
     ) -> tuple[jax.Array, ...]:
-        """For each of some values for each part, how many entries of it are `counted(value)`."""
+        """For each of some values for each part, how many entries of it are `told` by them."""
         if self.side is None:
-            entries = [counted(self._broadcast(value)) for value in values]
+            entries = [told(*map(self._broadcast, per_part)) for per_part in values]
             return count(self.inner, *entries, sharded=self.sharded)
-        # Each side against its own value: a select between them would be computed entry by entry.
-        both = (~self.side, self.side)
-        entries = [counted(self._broadcast(v[i])) & both[i] for v in values for i in (0, 1)]
+        # Each side by its own values: a select between them would be computed entry by entry.
+        entries = [
+            told(*(self._broadcast(v[i]) for v in per_part)) & side
+            for per_part in values
+            for i, side in enumerate((~self.side, self.side))
+        ]
         flat = count(self.inner, *entries, sharded=self.sharded)
         return tuple(jnp.stack(pair) for pair in zip(flat[::2], flat[1::2], strict=True))
 
@@ -260,7 +264,7 @@ def _start(search: Search, dtype: Any = None) -> Found:
 def _reaching(search: Search) -> _Reaching:
     def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return _summed(
-            key.counts(functools.partial(jnp.greater_equal, key.bits), thresholds)
+            key.counts(functools.partial(jnp.greater_equal, key.bits), [(t,) for t in thresholds])
             for key in search.keys
         )
 
@@ -270,13 +274,13 @@ def _reaching(search: Search) -> _Reaching:
 def _reaching_ties(search: Search, found: Found) -> _Reaching:
     """Of the entries at the threshold; the lower its index, the larger an entry."""
 
-    def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def counts(firsts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        values = [(found.threshold, first) for first in firsts]
         rows = zip(search.keys, _ranks(search), strict=True)
-        return _summed(key.counts(tied(key, rank), thresholds) for key, rank in rows)
+        return _summed(key.counts(tied(key.bits, rank), values) for key, rank in rows)
 
-    def tied(key: Keys, rank: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        at_threshold = key.bits == key.spread(found.threshold)
-        return lambda first: at_threshold & (rank >= first)
+    def tied(bits: jax.Array, rank: jax.Array) -> Callable[..., jax.Array]:
+        return lambda threshold, first: (bits == threshold) & (rank >= first)
 
     return counts
 
@@ -297,11 +301,12 @@ def _ranks(search: Search) -> list[jax.Array]:
 
 def _at_least(search: Search, found: Found, first: jax.Array) -> list[jax.Array]:
     """The entries above the threshold, and of those at it the ones of rank `first` or more."""
-    return [
-        (key.bits > key.spread(found.threshold))
-        | ((key.bits == key.spread(found.threshold)) & (rank >= key.spread(first)))
-        for key, rank in zip(search.keys, _ranks(search), strict=True)
-    ]
+
+    def reached(bits: jax.Array, rank: jax.Array) -> Callable[..., jax.Array]:
+        return lambda at, first: (bits > at) | ((bits == at) & (rank >= first))
+
+    rows = zip(search.keys, _ranks(search), strict=True)
+    return [key.entries(reached(key.bits, rank), found.threshold, first) for key, rank in rows]
 
 
 def _any(flags: Sequence[jax.Array]) -> jax.Array:
