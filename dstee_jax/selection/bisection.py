@@ -16,9 +16,9 @@ from dstee_jax.selection.parts import by_part, is_sharded, sharding_of, varying_
 
 INDEX = jnp.uint32  # of counts and indices: up to 2**32 - 1 entries of a part
 
-# Bytes of keys that are searched in one loop, where nothing is split over devices. Each pass reads
-# them again, up to here from a CPU's caches: a ResNet-50's update takes some 0.8 of what it
-# takes in one loop for all. An array is never cut for it.
+# Bytes of keys that are searched in one loop, where nothing is split over devices. A loop goes on
+# for the array of it that takes longest, as one with ties does, and reads all of them in each
+# pass, up to here from a CPU's caches. An array is never cut for it.
 CACHED = 2**24
 
 
