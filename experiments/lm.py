@@ -9,9 +9,9 @@ have the layers as their first: `stack_axes` of `dstee.transform` tells these fr
 axes. Embeddings and head stay dense. AdamW with warm-up, cosine and clipping, a mask update
 every 50 steps.
 
-With `--tiles N` the weights of the blocks are active in tiles of N x N (`structures.tiles`), and
-on all steps but mask steps the kernels, their gradients and moments are the active tiles alone
-(`dstee_jax.tiled_nnx`). Attention kernels then are matrices. Each column of tiles of a kernel
+With `--tiles N` the weights of the blocks are active in tiles of N x N (`structures.tiles`), with
+`--tiles 1 32` in tiles of 1 x 32, and on all steps but mask steps the kernels, their gradients and
+moments are the active tiles alone (`dstee_jax.tiled_nnx`). Attention kernels then are matrices. Each column of tiles of a kernel
 has as many active tiles, at least one: keep N small against the width. At width 128 tiles of 32
 leave 19% active where 10% are asked for; the record has the density.
 
@@ -51,7 +51,7 @@ import dstee_jax as dstee
 from dstee_jax.tiled_nnx import TileIndex, set_dense, set_tiles
 from experiments.data import text as texts
 from experiments.training import records
-from experiments.training.arguments import Parser, at_least_one
+from experiments.training.arguments import Parser, at_least_one, tile_of
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.learner import (
     add_method_options,
@@ -113,7 +113,7 @@ class Trainer:
             key=jax.random.fold_in(self.key, 1),
             where=in_blocks,
             stack_axes=stack_axes,
-            tiles=(args.tiles, args.tiles) if args.tiles else None,
+            tiles=args.tiles,
             **given_options(args) | options,
         )
         self.mask_steps = mask_steps(args.method, self.tx)
@@ -265,7 +265,10 @@ def table(runs: list[dict]) -> str:
     lines = []
     settings = ("layers", "width", "heads", "length", "batch", "steps", "learning_rate")
     settings += ("weight_decay", "rescale", "bf16", "tiles", "data")
-    runs = [{"tiles": None} | run | {"sha256": run["text"]["sha256"]} for run in runs]
+    runs = [
+        run | {"tiles": tuple(run.get("tiles") or ()), "sha256": run["text"]["sha256"]}
+        for run in runs
+    ]
     for (*setting, sha256), rows in records.group(runs, *settings, "sha256").items():
         sparsities = sorted({r["sparsity"] for r in rows if r["method"] != "dense"}) or [0.0]
         cells = records.group(rows, "method", "sparsity")
@@ -273,7 +276,7 @@ def table(runs: list[dict]) -> str:
         layers, width, *_ = setting
         rescaled = ", rescaled" if rows[0]["rescale"] else ""
         if rows[0]["tiles"]:
-            rescaled += f", tiles of {rows[0]['tiles']} x {rows[0]['tiles']}"
+            rescaled += f", tiles of {' x '.join(map(str, rows[0]['tiles']))}"
         lines.append(
             f"{setting[-1]} ({sha256}), {layers} layers of width {width}{rescaled}, test "
             f"perplexity of a byte, {rows[0]['steps']} steps, {'/'.join(map(str, seeds))} seeds "
@@ -318,7 +321,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight_decay", type=float, default=0.01)
     add_method_options(parser)
     parser.set_defaults(sparsity=0.9, every=50)
-    add("--tiles", type=at_least_one, help="side of the tiles that weights are active in")
+    add("--tiles", type=at_least_one, nargs="+", help="of active weights: N for N x N, or two")
     add("--work_dir", type=Path, help="of checkpoints: the same command again goes on from there")
     add("--note", help="what the record says of the text, as 'War and Peace'")
     add("--results", type=Path, default=records.RESULTS / "lm.jsonl")
@@ -330,7 +333,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} {getattr(args, name)} must be {least} or more.")
     if args.width < 1 or args.width % args.heads:
         parser.error(f"--width {args.width} must be a multiple of --heads {args.heads}.")
-    if args.tiles and args.width % args.tiles:
+    args.tiles = tile_of(parser, args.tiles)
+    if any(args.width % size for size in args.tiles or ()):
         parser.error(f"--width {args.width} must be a multiple of --tiles {args.tiles}.")
     if args.tiles and args.method == "dense":
         parser.error("--method dense has no masks: leave --tiles out, or pass another method.")

@@ -31,7 +31,7 @@ import dstee_jax as dstee
 from experiments.data import arrays as data
 from experiments.data import cifar
 from experiments.training import records, sis
-from experiments.training.arguments import Parser, at_least_one, choice
+from experiments.training.arguments import Parser, at_least_one, choice, tile_of
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.epochs import cosine_sgd, in_segments, shuffled
 from experiments.training.learner import (
@@ -41,7 +41,7 @@ from experiments.training.learner import (
     check_method_options,
     given_options,
 )
-from experiments.training.methods import METHODS, SCORED_PER_CLASS
+from experiments.training.methods import METHODS, SCORED_PER_CLASS, TILE_SCORES
 from experiments.training.models import MLP, count_weights
 from experiments.training.progress import conclude, over
 from experiments.training.runs import check_same_command, record_once
@@ -202,11 +202,14 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a record says of its run: `records.find` finds it by these."""
     named = ("dataset", "validation", "method", "sparsity", "epochs", "batch", "learning_rate")
     named += ("weight_decay", "rescale", "seeds")
+    of_tiles = {
+        name: getattr(args, name) for name in ("tiles", "tile_score") if getattr(args, name)
+    }
     return {
         **{name: getattr(args, name) for name in named},
         "split": "validation" if args.validation else "test",
         "model": "mlp " + "-".join(map(str, args.widths)),
-        "options": given_options(args, "bf16") | ({"tiles": args.tiles} if args.tiles else {}),
+        "options": given_options(args, "bf16") | of_tiles,
     }
 
 
@@ -303,6 +306,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation", type=int, default=0, help="training images to evaluate on, from the end")
     add("--data_dir", default="~/tensorflow_datasets")
     add("--tiles", type=at_least_one, nargs="+", help="of active weights: N for N x N, or two")
+    add("--tile_score", type=choice([*TILE_SCORES]), help="of a tile from its weights'; sum")
     add("--note", help="what the record says of the data, as 'CIFAR-10 (JPEG q75)'")
     add("--work_dir", type=Path, help="of checkpoints; the same command goes on from the last")
     add("--results", type=Path, default=records.RESULTS / "mlp.jsonl")
@@ -321,14 +325,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.distribution == "uniform_first_dense":
         parser.error("--distribution uniform_first_dense is for images: pass erk or uniform.")
+    args.tiles = tile_of(parser, args.tiles)
+    if args.tile_score and not args.tiles:
+        parser.error(f"--tile_score {args.tile_score} is of --tiles: pass some, or leave it out.")
     args.widths = args.widths or ([1024, 1024] if args.tiles else [300, 100])
     if args.tiles:
-        args.tiles = tuple(args.tiles) * (3 - len(args.tiles))
         having = [name for name, of in METHODS.items() if "structure" in of.options]
-        if len(args.tiles) != 2 or args.structure or args.method not in having:
+        if args.structure or args.method not in having:
             parser.error(
-                f"--tiles {args.tiles} must be one or two sizes, without --structure, and the "
-                f"method one of {', '.join(having)}."
+                f"--tiles {args.tiles} goes without --structure, and with a method of "
+                f"{', '.join(having)}."
             )
         if any(width % size for width in args.widths for size in args.tiles):
             parser.error(f"--tiles {args.tiles} must divide all --widths {args.widths}, as 1024.")

@@ -203,7 +203,7 @@ def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, m
     jax.tree.map(np.testing.assert_array_equal, saved[-1], whole)
     first, second = records.read(tmp_path / "lm.jsonl")
     assert (first["perplexity"], first["history"]) == (second["perplexity"], second["history"])
-    assert first["tiles"] == 4
+    assert first["tiles"] == [4, 4]
     assert first["density"] == pytest.approx(0.5, abs=0.1)
     params, index, opt_state = whole
     assert index["blocks"]["up"]["tiles"].shape == (16, 64)
@@ -231,8 +231,8 @@ def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
     assert lines[5] == f"| set | {record['perplexity']:.3f} (R 0.500) | " + (
         f"{record['perplexity']:.3f} (R 0.500, 10.0% active) |"
     )
-    tiled = {"method": "set", "sparsity": 0.9, "tiles": 32}
-    assert ", tiles of 32 x 32, test perplexity" in lm.table([*runs, record | tiled])
+    tiled = {"method": "set", "sparsity": 0.9, "tiles": [1, 32]}
+    assert ", tiles of 1 x 32, test perplexity" in lm.table([*runs, record | tiled])
     del record["tiles"]  # as in records from before there were any
     assert "tiles" not in lm.table([record])
     assert lines[4] == "| dense | 4.000 ± 1.414 | 4.000 ± 1.414 |"
@@ -249,7 +249,9 @@ def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
         (["--heads", "0"], "--heads 0 must be 1 or more"),
         (["--steps", "1"], "--steps 1 must be 2 or more"),
         (["--tiles", "0"], "'0' must be a whole number of 1 or more"),
-        (["--tiles", "48"], "--width 128 must be a multiple of --tiles 48"),
+        (["--tiles", "48"], r"--width 128 must be a multiple of --tiles \(48, 48\)"),
+        (["--tiles", "1", "48"], r"--width 128 must be a multiple of --tiles \(1, 48\)"),
+        (["--tiles", "1", "2", "3"], r"--tiles 1 2 3 must be one size or two: 32, or 1 32"),
         (["--tiles", "8", "--method", "dense"], "--method dense has no masks: leave --tiles out"),
         (["--tiles", "8", "--method", "snfs"], "--method snfs does not keep .* pass one of dense"),
         (["--work_dir", "run", "--seed", "0", "1"], "--work_dir holds one run: pass one --seed"),

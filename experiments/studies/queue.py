@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from experiments import cifar, mlp
+from experiments import cifar, lm, mlp
+from experiments.data import text
 from experiments.training import records
 from experiments.training.arguments import Parser, existing
+from experiments.training.learner import given_options
 from experiments.training.progress import conclude, over
 
 
@@ -54,6 +56,18 @@ def cifar_run(seed: int, *words: str) -> Run:
         ("cifar", args.dataset, args.split),
         lambda: cifar.load(args),
         lambda arrays: cifar.run(args, seed, arrays),
+    )
+
+
+def lm_run(seed: int, *words: str) -> Run:
+    """`experiments.lm` with these arguments, and one seed."""
+    args = lm.parse([*words, "--quiet"])
+    return Run(
+        args.results,
+        {**lm.settings(args, seed), "options": given_options(args)},
+        ("lm", str(args.text), str(args.length)),
+        lambda: text.load(args.text, args.length),
+        lambda arrays: lm.run(args, arrays, seed),
     )
 
 

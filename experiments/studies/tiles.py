@@ -3,7 +3,7 @@
     python -m experiments.studies.tiles --data_dir DIR --epochs 5
 
 Free masks, and tiles of 8 x 8, 16 x 16, 32 x 32 and 1 x 32, at 90 and 95%, with DST-EE, RigL and
-static masks; 3 seeds of a run at once. A queue of `experiments.mlp` runs that skips what is
+static masks, and growth and drop by a tile's largest score at 95%; 3 seeds of a run at once. A queue of `experiments.mlp` runs that skips what is
 recorded in results/tiles.jsonl, so that it can be stopped and continued; `--minutes` stops it by
 itself. Then prints a table, of accuracy and of the time of a step without the first epoch, in
 which programs are compiled. `--table FILE` prints a file of records again. About 25 minutes on 2
@@ -21,6 +21,7 @@ from experiments.training.arguments import Parser, at_least_one
 
 TILES: tuple[tuple[int, ...], ...] = ((), (32, 32), (1, 32), (16, 16), (8, 8))
 METHODS = ("dst_ee", "rigl", "static")
+MOVING = METHODS[:2]
 SPARSITIES = (0.9, 0.95)
 WIDTHS = ("1024", "1024")
 BATCH = 128
@@ -28,13 +29,18 @@ BATCH = 128
 
 def queue(args: argparse.Namespace) -> list[Run]:
     """Every run, in order."""
-    runs = []
-    for sparsity, tiles, method in itertools.product(SPARSITIES, TILES, METHODS):
+
+    def run(sparsity: float, tiles: Sequence[int], method: str, *more: str) -> Run:
         words = [f"--method={method}", f"--sparsity={sparsity}", f"--epochs={args.epochs}"]
         words += [f"--results={args.results}", f"--data_dir={args.data_dir}"]
         words += [f"--batch={BATCH}", "--widths", *WIDTHS, "--seeds", *map(str, range(args.seeds))]
-        runs.append(mlp_run(*words, *(["--tiles", *map(str, tiles)] if tiles else [])))
-    return runs
+        return mlp_run(*words, *(["--tiles", *map(str, tiles)] if tiles else []), *more)
+
+    by_largest = itertools.product(SPARSITIES[-1:], filter(None, TILES), MOVING)
+    return [
+        *itertools.starmap(run, itertools.product(SPARSITIES, TILES, METHODS)),
+        *(run(*setting, "--tile_score=largest") for setting in by_largest),
+    ]
 
 
 def name_of(tiles: Sequence[int]) -> str:
@@ -42,9 +48,14 @@ def name_of(tiles: Sequence[int]) -> str:
     return " x ".join(map(str, tiles)) or "free"
 
 
-def having(runs: Sequence[dict[str, Any]], tiles: Sequence[int]) -> list[dict[str, Any]]:
-    """The runs with these tiles."""
-    return [run for run in runs if tuple(run["options"].get("tiles", ())) == tuple(tiles)]
+def having(
+    runs: Sequence[dict[str, Any]], tiles: Sequence[int], score: str | None = None
+) -> list[dict[str, Any]]:
+    """The runs with these tiles, of that score (the sum if it is None)."""
+    asked = (tuple(tiles), score)
+    options = [run["options"] for run in runs]
+    found = [(tuple(of.get("tiles", ())), of.get("tile_score")) for of in options]
+    return [run for run, of in zip(runs, found, strict=True) if of == asked]
 
 
 def step_ms(runs: Sequence[dict[str, Any]]) -> float:
@@ -60,15 +71,18 @@ def table(runs: list[dict[str, Any]]) -> str:
         lines.append(f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds, test accuracy (%)\n")
         lines.append(f"| tiles | {' | '.join(METHODS)} | ms a step of {seeds} seeds |")
         lines.append("| --- |" + " --- |" * (len(METHODS) + 1))
-        for tiles in TILES:
-            mine = having(rows, tiles)
+        for tiles, score in itertools.product(TILES, (None, "largest")):
+            mine = having(rows, tiles, score)
+            if score and not mine:
+                continue
             by_method = {run["method"]: run for run in mine}
             cells = [
                 records.mean_sd(by_method[name]["accuracy"]) if name in by_method else "–"
                 for name in METHODS
             ]
             shown = f"{step_ms(mine):.1f}" if mine else "–"
-            lines.append(f"| {name_of(tiles)} | {' | '.join(cells)} | {shown} |")
+            name = name_of(tiles) + (f", by the {score} score" if score else "")
+            lines.append(f"| {name} | {' | '.join(cells)} | {shown} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -10,6 +10,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
+def tile_of(parser: argparse.ArgumentParser, sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The two sizes of `--tiles`: N is N x N; None without it."""
+    if sizes and len(sizes) > 2:
+        parser.error(f"--tiles {' '.join(map(str, sizes))} must be one size or two: 32, or 1 32.")
+    return tuple(sizes) * (3 - len(sizes)) if sizes else None
+
+
 def program() -> str:
     """The module that runs, as `python -m` takes it: 'experiments.studies.figure1'."""
     file = Path(sys.argv[0]).with_suffix("")

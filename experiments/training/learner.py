@@ -156,6 +156,7 @@ class Learner:
             selection=selection,
             indices=args.sparse_allreduce,
             tiles=getattr(args, "tiles", None),
+            tile_score=getattr(args, "tile_score", None),
             **given_options(args),
         )
         self.tx = optax.with_extra_args_support(inner)

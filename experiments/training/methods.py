@@ -32,6 +32,8 @@ def _mest_published(
 
 
 STRUCTURES = {"constant_fan_in": structures.constant_fan_in()}
+# Of a tile, from its weights'. The mean of a tile ranks as its sum does.
+TILE_SCORES: dict[str, Callable[..., jax.Array]] = {"sum": jnp.sum, "largest": jnp.max}
 
 
 def uniform_first_dense(shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
@@ -128,6 +130,7 @@ def optimizer(
     selection: str = "auto",
     indices: bool = False,
     tiles: Sequence[int] | None = None,
+    tile_score: str | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`inner` made sparse by the method of that name; `inner` alone where no masks are kept.
@@ -135,7 +138,7 @@ def optimizer(
     Options that the method does not have are left out; `distribution`, `where`, `stack_axes` and
     `scale` are for all. `masks` are those of `first_masks`; `selection` and `indices` are
     `dstee.transform`'s. `tiles`: of active weights, for kernels that they divide; the others
-    stay dense, and moments are packed.
+    stay dense, and moments are packed. `tile_score`: of TILE_SCORES, the sum if it is None.
     """
     factory, names, *_ = METHODS[method]
     if factory is None:
@@ -148,7 +151,8 @@ def optimizer(
     if masks is None:
         options["sparsity"] = sparsity
     if tiles is not None:
-        options |= {"structure": structures.tiles(tuple(tiles)), "packed": True}
+        score = TILE_SCORES[tile_score or "sum"]
+        options |= {"structure": structures.tiles(tuple(tiles), score=score), "packed": True}
         options.setdefault("where", functools.partial(tiles_divide, tiles))
     options |= {"masks": masks, "selection": selection, "indices": indices}
     return factory(inner, total_steps=total_steps, key=key, **options)
