@@ -11,9 +11,10 @@ every 50 steps.
 
 With `--tiles N` the weights of the blocks are active in tiles of N x N (`structures.tiles`), with
 `--tiles 1 32` in tiles of 1 x 32, and on all steps but mask steps the kernels, their gradients and
-moments are the active tiles alone (`dstee_jax.tiled_nnx`). Attention kernels then are matrices. Each column of tiles of a kernel
-has as many active tiles, at least one: keep N small against the width. At width 128 tiles of 32
-leave 19% active where 10% are asked for; the record has the density.
+moments are the active tiles alone (`dstee_jax.tiled_nnx`). Attention kernels then are matrices.
+Each column of tiles of a kernel has as many active tiles, at least one: keep N small against the
+width. At width 128 tiles of 32 leave 19% active where 10% are asked for; the record has the
+density.
 
     python -m experiments.lm --width 512 --heads 8 --tiles 32
 
