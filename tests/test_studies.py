@@ -10,7 +10,7 @@ from PIL import Image
 from dstee_jax import scales
 from experiments import linkpred, mlp
 from experiments.report import figures, table, table1
-from experiments.studies import ablation, growth, length, methods, queue, spikes, tiles
+from experiments.studies import ablation, growth, length, methods, queue, spikes, tiles, tiles_lm
 from experiments.training import records
 from experiments.training.methods import METHODS
 from tests.tiny_datasets import write_cifar, write_mnist
@@ -109,7 +109,7 @@ def test_a_queue_goes_on_where_it_was_stopped(tmp_path, data_dir, monkeypatch, c
 def test_records_and_data_that_are_missing(tmp_path, capsys):
     """Of every command that prints records, and of a queue."""
     nowhere = str(tmp_path / "nowhere")
-    for program in (length, tiles, growth, ablation, linkpred):
+    for program in (length, tiles, tiles_lm, growth, ablation, linkpred):
         with pytest.raises(SystemExit):
             program.main(["--table", nowhere])
         assert f"there is no file {nowhere}" in capsys.readouterr().err
@@ -133,6 +133,7 @@ def test_a_run_of_the_convolutional_network_is_found_again(tmp_path, data_dir):
 def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(tiles, "TILES", ((), (32, 32)))
     monkeypatch.setattr(tiles, "METHODS", ("static",))
+    monkeypatch.setattr(tiles, "MOVING", ("static",))
     path = tmp_path / "tiles.jsonl"
     monkeypatch.setattr(tiles, "WIDTHS", ("64", "64"))
     command = ["--epochs=1", "--seeds=2", f"--results={path}", f"--data_dir={data_dir}"]
@@ -140,15 +141,41 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(tiles, "BATCH", 10)
     tiles.main(command)
     runs = records.read(path)
-    assert [run["options"].get("tiles") for run in runs] == [None, [32, 32]]
+    asked = [(run["method"], run["options"]) for run in runs]
+    assert asked[:2] == [("static", {}), ("static", {"tiles": [32, 32]})]
+    assert asked[2:] == [("static", {"tiles": [32, 32], "tile_score": "largest"})]
     shown = capsys.readouterr().out
     assert "| free |" in shown
     assert "| 32 x 32 |" in shown
+    assert "| 32 x 32, by the largest score |" in shown
     tiles.main([f"--table={path}"])
     assert capsys.readouterr().out in shown
     figures.main(["tiles", f"--records={path}", f"--out={tmp_path}"])
     with Image.open(tmp_path / "tiles.png") as image:
         assert np.asarray(image.convert("L")).std() > 10  # there is something on it
+
+
+def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiles_lm, "TILES", ((), (1, 8)))
+    monkeypatch.setattr(tiles_lm, "SPARSITIES", (0.5,))
+    monkeypatch.setattr(tiles_lm, "QUEUED", ("static",))
+    monkeypatch.setattr(tiles_lm, "WIDTH", 16)
+    words = tmp_path / "words.txt"
+    words.write_text("a word is a word " * 60)
+    tiny = ("--layers=1", "--length=16", "--batch=4", "--text", str(words))
+    monkeypatch.setattr(tiles_lm, "lm_run", lambda *given: queue.lm_run(*given, *tiny))
+    path = tmp_path / "tiles_lm.jsonl"
+    command = ["--steps=4", "--seeds=2", f"--results={path}"]
+    tiles_lm.main(command)
+    runs = records.read(path)
+    found = [(run["seed"], run["tiles"]) for run in runs]
+    assert found == [(0, None), (0, [1, 8]), (1, None), (1, [1, 8])]
+    shown = capsys.readouterr().out
+    assert "50% sparse, width 16, 4 steps, 2 seeds" in shown
+    tiles_lm.main(command)  # nothing is left
+    assert len(records.read(path)) == len(runs) == 4
+    tiles_lm.main([f"--table={path}"])
+    assert "| 1 x 8 |" in capsys.readouterr().out
 
 
 class Masks:
