@@ -67,7 +67,6 @@ from experiments.training.transformer import Transformer, in_blocks, stack_axes
 
 # Methods that keep the count of every layer, as stacked layers ask for.
 METHODS = ("dense", "static", "set", "set_itop", "mest", "rigl", "rigl_itop", "dst_ee")
-EVALUATIONS = 5  # on the validation part, over a training
 State = tuple[Any, Any, Any]  # parameters, tiles, state of the optimizer
 
 
@@ -228,7 +227,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         if i <= first:
             continue
         state, loss = trainer.step(i, state, tokens)
-        if i % max(args.steps // EVALUATIONS, 1) == 0 or i == args.steps:
+        if i % max(args.steps // args.evaluations, 1) == 0 or i == args.steps:
             if not np.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
@@ -315,6 +314,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=1500)
     add("--batch", type=int, default=8, help="windows of a step")
     add("--length", type=int, default=128, help="bytes of a window")
+    add("--evaluations", type=at_least_one, default=5, help="on validation text, over the training")
     add("--layers", type=int, default=4)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)

@@ -221,7 +221,10 @@ def test_sigterm_and_the_same_command(data_dir, tmp_path):
         (["--tiles", "8", "16", "32"], "--tiles 8 16 32 must be one size or two"),
         (["--tiles=8", "--method=snip"], r"--tiles \(8, 8\) goes without --structure, and with a"),
         (["--tiles=48"], r"--tiles \(48, 48\) must divide all --widths"),
-        (["--tile_score=largest"], "--tile_score largest is of --tiles: pass some, or leave it out"),
+        (
+            ["--tile_score=largest"],
+            "--tile_score largest is of --tiles: pass some, or leave it out",
+        ),
         (["--tiles=8", "--tile_score=most"], "--tile_score: 'most' is unknown"),
         (["--method=static", "--no-regrow"], "--regrow is for set, rigl, dst_ee"),
     ],

@@ -162,7 +162,8 @@ def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiles_lm, "WIDTH", 16)
     words = tmp_path / "words.txt"
     words.write_text("a word is a word " * 60)
-    tiny = ("--layers=1", "--length=16", "--batch=4", "--text", str(words))
+    monkeypatch.setattr(tiles_lm, "LAYERS", 1)
+    tiny = ("--length=16", "--batch=4", "--text", str(words))
     monkeypatch.setattr(tiles_lm, "lm_run", lambda *given: queue.lm_run(*given, *tiny))
     path = tmp_path / "tiles_lm.jsonl"
     command = ["--steps=4", "--seeds=2", f"--results={path}"]

@@ -1,4 +1,4 @@
-"""What tiles cost in perplexity: the language model of `experiments.lm`, 4 layers of width 256.
+"""What tiles cost in perplexity: `experiments.lm` with 2 layers of width 256.
 
     python -m experiments.studies.tiles_lm --minutes 60
 
@@ -19,13 +19,14 @@ from experiments.studies.tiles import METHODS, SPARSITIES, TILES, name_of
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
 
-WIDTH = 256
+LAYERS, WIDTH = 2, 256
 QUEUED = ("dst_ee", "static", "rigl")
 
 
 def queue(args: argparse.Namespace) -> list[Run]:
     """Every run, in order."""
-    words = [f"--width={WIDTH}", f"--steps={args.steps}", "--rescale", f"--results={args.results}"]
+    words = [f"--layers={LAYERS}", f"--width={WIDTH}", f"--steps={args.steps}"]
+    words += ["--rescale", "--evaluations=1", f"--results={args.results}"]
     runs = []
     for seed in range(args.seeds):
         for method, sparsity, tiles in itertools.product(QUEUED, SPARSITIES, TILES):
@@ -38,14 +39,16 @@ def queue(args: argparse.Namespace) -> list[Run]:
 def table(runs: list[dict[str, Any]]) -> str:
     """A row for each tile: what is active, and the perplexity of each method."""
     lines = []
-    for (sparsity, width, steps), rows in records.group(runs, "sparsity", "width", "steps").items():
+    runs = [run | {"sha256": run["text"]["sha256"]} for run in runs]
+    setting = ("sparsity", "width", "steps", "sha256")
+    for (sparsity, width, steps, sha256), rows in records.group(runs, *setting).items():
         cells = {(tuple(run["tiles"] or ()), run["method"]): [] for run in rows}
         for run in rows:
             cells[tuple(run["tiles"] or ()), run["method"]].append(run)
         seeds = "/".join(map(str, sorted({len(cell) for cell in cells.values()})))
         lines.append(
-            f"{sparsity:.0%} sparse, width {width}, {steps} steps, {seeds} seeds, test perplexity "
-            "of a byte; lower is better\n"
+            f"{sparsity:.0%} sparse, width {width}, {steps} steps, {seeds} seeds, text {sha256}, test "
+            "perplexity of a byte; lower is better\n"
         )
         lines.append(f"| tiles | active | {' | '.join(METHODS)} |")
         lines.append("| --- |" + " --- |" * (len(METHODS) + 1))
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
     add_queue_options(parser, "tiles_lm.jsonl")
-    parser.add_argument("--steps", type=at_least_one, default=400)
+    parser.add_argument("--steps", type=at_least_one, default=1000)
     parser.add_argument("--seeds", type=at_least_one, default=3)
     args = parser.parse_args(argv)
     work_off(args, queue(args), table)
