@@ -328,6 +328,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.tiles = tile_of(parser, args.tiles)
     if args.tile_score and not args.tiles:
         parser.error(f"--tile_score {args.tile_score} is of --tiles: pass some, or leave it out.")
+    if args.tile_score and args.method == "static":
+        parser.error("--method static moves no tile: leave --tile_score out.")
+    if args.tile_score == "sum":  # as without it
+        args.tile_score = None
     args.widths = args.widths or ([1024, 1024] if args.tiles else [300, 100])
     if args.tiles:
         having = [name for name, of in METHODS.items() if "structure" in of.options]

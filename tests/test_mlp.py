@@ -225,6 +225,10 @@ def test_sigterm_and_the_same_command(data_dir, tmp_path):
             ["--tile_score=largest"],
             "--tile_score largest is of --tiles: pass some, or leave it out",
         ),
+        (
+            ["--tiles=8", "--method=static", "--tile_score=sum"],
+            "static moves no tile: leave --tile_",
+        ),
         (["--tiles=8", "--tile_score=most"], "--tile_score: 'most' is unknown"),
         (["--method=static", "--no-regrow"], "--regrow is for set, rigl, dst_ee"),
     ],

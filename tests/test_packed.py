@@ -420,7 +420,7 @@ def test_keys_are_searched_in_groups(options, monkeypatch):
 
 
 def test_a_transformer_of_200_leaves_has_few_programs():
-    """Leaves of one role are one loop each: without it there would be two loops for each leaf."""
+    """Leaves of one role are one loop each: without it there would be loops for each leaf."""
     params = {
         f"layer{i}": {
             name: {"kernel": jax.ShapeDtypeStruct((64, 64), jnp.float32)} for name in "qkvoudg"

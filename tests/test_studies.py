@@ -133,7 +133,9 @@ def test_a_run_of_the_convolutional_network_is_found_again(tmp_path, data_dir):
 def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     monkeypatch.setattr(tiles, "TILES", ((), (32, 32)))
     monkeypatch.setattr(tiles, "METHODS", ("static",))
-    monkeypatch.setattr(tiles, "MOVING", ("static",))
+    monkeypatch.setattr(tiles, "MOVING", ("dst_ee",))
+    often = {"--method=dst_ee": ("--every=2",)}
+    monkeypatch.setattr(tiles, "mlp_run", lambda *w: queue.mlp_run(*w, *often.get(w[0], ())))
     path = tmp_path / "tiles.jsonl"
     monkeypatch.setattr(tiles, "WIDTHS", ("64", "64"))
     command = ["--epochs=1", "--seeds=2", f"--results={path}", f"--data_dir={data_dir}"]
@@ -143,11 +145,13 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     runs = records.read(path)
     asked = [(run["method"], run["options"]) for run in runs]
     assert asked[:2] == [("static", {}), ("static", {"tiles": [32, 32]})]
-    assert asked[2:] == [("static", {"tiles": [32, 32], "tile_score": "largest"})]
+    assert asked[2:] == [("dst_ee", {"every": 2, "tiles": [32, 32], "tile_score": "largest"})]
+    monkeypatch.setattr(tiles, "METHODS", ("dst_ee", "static"))
+    assert "| 32 x 32, by the largest score | 1" in tiles.table(runs)
+    monkeypatch.setattr(tiles, "METHODS", ("static",))
     shown = capsys.readouterr().out
     assert "| free |" in shown
     assert "| 32 x 32 |" in shown
-    assert "| 32 x 32, by the largest score |" in shown
     tiles.main([f"--table={path}"])
     assert capsys.readouterr().out in shown
     figures.main(["tiles", f"--records={path}", f"--out={tmp_path}"])

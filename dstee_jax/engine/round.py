@@ -141,7 +141,7 @@ def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exc
 
 
 def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> list[jax.Array]:
-    """New masks of some leaves, by one search for what is dropped and one for what grows."""
+    """New masks of some leaves, by one search for what is dropped and what grows."""
     rule, names = inputs.config.rule, [inputs.names[i] for i in group]
     pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
     if rule.searches_alone:

@@ -86,23 +86,23 @@ class Keys(NamedTuple):
     sharded: bool = False  # whether it is split over Auto mesh axes
     side: jax.Array | None = None  # bool, as `bits`
 
-    def entries(self, told: Callable[..., jax.Array], *per_part: jax.Array) -> jax.Array:
-        """Which entries are `told` by the values of their part: bool, as the bits."""
+    def entries(self, test: Callable[..., jax.Array], *per_part: jax.Array) -> jax.Array:
+        """Which entries pass a test against the values of their part: bool, as the bits."""
         if self.side is None:
-            return told(*map(self._broadcast, per_part))
-        off, on = (told(*(self._broadcast(v[i]) for v in per_part)) for i in (0, 1))
+            return test(*map(self._broadcast, per_part))
+        off, on = (test(*(self._broadcast(v[i]) for v in per_part)) for i in (0, 1))
         return (off & ~self.side) | (on & self.side)
 
     def counts(
-        self, told: Callable[..., jax.Array], values: Sequence[tuple[jax.Array, ...]]
+        self, test: Callable[..., jax.Array], values: Sequence[tuple[jax.Array, ...]]
     ) -> tuple[jax.Array, ...]:
-        """For each of some values for each part, how many entries of it are `told` by them."""
+        """How many entries of each part pass a test against each of some values for it."""
         if self.side is None:
-            entries = [told(*map(self._broadcast, per_part)) for per_part in values]
+            entries = [test(*map(self._broadcast, per_part)) for per_part in values]
             return count(self.inner, *entries, sharded=self.sharded)
         # Each side by its own values: a select between them would be computed entry by entry.
         entries = [
-            told(*(self._broadcast(v[i]) for v in per_part)) & side
+            test(*(self._broadcast(v[i]) for v in per_part)) & side
             for per_part in values
             for i, side in enumerate((~self.side, self.side))
         ]
@@ -117,7 +117,9 @@ class Search(NamedTuple):
     """The k largest of some keys, in each part for itself."""
 
     keys: Sequence[Keys]  # cut into the same parts, and searched as one array
-    k: jax.Array  # INDEX, with an axis for each axis that counts parts; at most the entries
+    # INDEX, with an axis for each axis that counts parts, and before them one of two if the keys
+    # have a side (False first). At most the entries that there are.
+    k: jax.Array
 
     @property
     def size(self) -> int:
@@ -140,8 +142,8 @@ _Reaching = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
 def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
     """Masks of the k largest entries of each search (in each part of it).
 
-    In one loop for all that are split over devices, whose counts then travel together; else in
-    one for as many as caches hold.
+    In one loop for all that are known to be split over devices, whose counts then travel together;
+    else in one for as many as caches hold.
 
     Args:
       searches: of keys of one dtype.
@@ -151,10 +153,10 @@ def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
       array and the lowest row-major index of the part.
     """
     searches = [s._replace(k=by_part(s.k, s.keys[0].bits, s.keys[0].inner)) for s in searches]
-    return [masks for group in _groups(searches) for masks in _chosen(group)]
+    return [masks for group in _loops(searches) for masks in _chosen(group)]
 
 
-def _groups(searches: Sequence[Search]) -> list[list[Search]]:
+def _loops(searches: Sequence[Search]) -> list[list[Search]]:
     """Searches that share a loop, in order."""
     if not searches:
         return []
@@ -246,7 +248,7 @@ def _narrow(found: Found, k: jax.Array, reaching: _Reaching, shift: jax.Array) -
 
 
 def _start(search: Search, dtype: Any = None) -> Found:
-    """The threshold zero, which all entries reach.
+    """The threshold zero, which all entries reach. A side has fewer; none has the key zero.
 
     In the type of what is counted: under shard_map, varying over the same mesh axes.
     """

@@ -64,7 +64,7 @@ def _at_once(cut: "Sequence[_Cut]") -> list[jax.Array]:
         else:
             size, sharded = size_of(bits, c.inner), c.selection == "sharded"
             keys = Keys(bits, c.inner, size, sharded, side=c.mask)
-            searches[i] = Search([keys], jnp.stack([grow, drop]))
+            searches[i] = Search([keys], jnp.stack([grow, drop]))  # inactive, active
     for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
         changing[i] = mask
     return changing

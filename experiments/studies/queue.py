@@ -71,10 +71,17 @@ def lm_run(seed: int, *words: str) -> Run:
     )
 
 
-def add_queue_options(parser: Parser, results: str) -> None:
-    """The command line's options of a queue; `results` is the name of the file of records."""
+def add_queue_options(parser: Parser, results: str, images: bool = True) -> None:
+    """The command line's options of a queue.
+
+    Args:
+      parser: to add to.
+      results: name of the file of records.
+      images: whether the runs read a data set of images.
+    """
     parser.add_argument("--minutes", type=float, default=float("inf"), help="none begins later")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    if images:
+        parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--results", type=Path, default=records.RESULTS / results)
     parser.add_argument("--table", type=existing, help="of records: print, train nothing")
 

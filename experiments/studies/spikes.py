@@ -100,7 +100,7 @@ def queue(args: argparse.Namespace) -> list[Run]:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    add_queue_options(parser, "spikes.jsonl")
+    add_queue_options(parser, "spikes.jsonl", images=False)
     parser.add_argument("--steps", type=at_least_one, default=1000)
     parser.add_argument("--every", type=at_least_one, default=100)
     parser.add_argument("--seeds", type=at_least_one, default=3)

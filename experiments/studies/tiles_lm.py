@@ -47,8 +47,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             cells[tuple(run["tiles"] or ()), run["method"]].append(run)
         seeds = "/".join(map(str, sorted({len(cell) for cell in cells.values()})))
         lines.append(
-            f"{sparsity:.0%} sparse, width {width}, {steps} steps, {seeds} seeds, text {sha256}, test "
-            "perplexity of a byte; lower is better\n"
+            f"{sparsity:.0%} sparse, width {width}, {steps} steps, {seeds} seeds, text {sha256}, "
+            "test perplexity of a byte; lower is better\n"
         )
         lines.append(f"| tiles | active | {' | '.join(METHODS)} |")
         lines.append("| --- |" + " --- |" * (len(METHODS) + 1))
@@ -65,7 +65,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
-    add_queue_options(parser, "tiles_lm.jsonl")
+    add_queue_options(parser, "tiles_lm.jsonl", images=False)
     parser.add_argument("--steps", type=at_least_one, default=1000)
     parser.add_argument("--seeds", type=at_least_one, default=3)
     args = parser.parse_args(argv)
