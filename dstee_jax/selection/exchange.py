@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dstee_jax.selection.bisection import INDEX, Keys, Search, chosen, count, ordered_bits
+from dstee_jax.selection.bisection import INDEX, chosen, count, ordered_bits
 from dstee_jax.selection.largest import Selection, largest_top_k, resolve, search_of, size_of
 from dstee_jax.selection.parts import Grid, by_part, inner_axes, join, split
 
@@ -52,8 +52,7 @@ def _at_once(cut: "Sequence[_Cut]") -> list[jax.Array]:
     searches = {}
     for i, c in enumerate(cut):
         score = jnp.where(c.mask, c.to_drop(), c.to_grow())
-        bits = ordered_bits(score)
-        active, free = c.counted(c.mask, ~c.mask & _able(bits, score))
+        active, free = c.counted(c.mask, ~c.mask & _able(score))
         drop = c.clip(c.k, active)
         grow = (drop if c.k_grow is None else c.clip(c.k_grow, free)).clip(max=free)
         drop = grow if c.k_grow is None else drop
@@ -62,9 +61,8 @@ def _at_once(cut: "Sequence[_Cut]") -> list[jax.Array]:
             pair = [largest_top_k(x, c.inner, k, c.k_max) for x, k in ((worst, drop), (best, grow))]
             changing[i] = pair[0] | pair[1]
         else:
-            size, sharded = size_of(bits, c.inner), c.selection == "sharded"
-            keys = Keys(bits, c.inner, size, sharded, side=c.mask)
-            searches[i] = Search([keys], jnp.stack([grow, drop]))  # inactive, active
+            k = jnp.stack([grow, drop])  # of what is inactive, of what is active
+            searches[i] = search_of(score, c.inner, k, c.selection, side=c.mask)
     for i, (mask,) in zip(searches, chosen(list(searches.values())), strict=True):
         changing[i] = mask
     return changing
@@ -77,8 +75,7 @@ def _one_after_the_other(cut: "Sequence[_Cut]") -> list[jax.Array]:
     drops = [c.clip(c.k, n) for c, n in zip(cut, active, strict=True)]
     dropped = _best(cut, worst, drops)
     scores = [c.to_grow(gone) for c, gone in zip(cut, dropped, strict=True)]
-    rows = zip(cut, scores, strict=True)
-    free = [c.counted(_able(ordered_bits(score), score))[0] for c, score in rows]
+    free = [c.counted(_able(score))[0] for c, score in zip(cut, scores, strict=True)]
     grows = [
         (k if c.k_grow is None else c.clip(c.k_grow, n)).clip(max=n)
         for c, k, n in zip(cut, drops, free, strict=True)
@@ -103,9 +100,9 @@ def _best(
     return found
 
 
-def _able(bits: jax.Array, score: jax.Array) -> jax.Array:
+def _able(score: jax.Array) -> jax.Array:
     """Which entries can grow: by their keys, which are wanted anyway."""
-    return bits > ordered_bits(jnp.array(-jnp.inf, score.dtype))
+    return ordered_bits(score) > ordered_bits(jnp.array(-jnp.inf, score.dtype))
 
 
 class _Cut(NamedTuple):

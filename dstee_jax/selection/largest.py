@@ -63,10 +63,14 @@ def resolve(selection: Selection, x: jax.Array, k_max: int) -> Selection:
 
 
 def search_of(
-    score: jax.Array, inner: tuple[int, ...], k: jax.Array, selection: Selection
+    score: jax.Array,
+    inner: tuple[int, ...],
+    k: jax.Array,
+    selection: Selection,
+    side: jax.Array | None = None,
 ) -> Search:
     """For the k largest entries of each part of an array (as `parts.split` cuts it)."""
-    keys = Keys(ordered_bits(score), inner, size_of(score, inner), selection == "sharded")
+    keys = Keys(ordered_bits(score), inner, size_of(score, inner), selection == "sharded", side)
     return Search([keys], k)
 
 
