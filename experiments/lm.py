@@ -222,16 +222,18 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         dstee.check(trainer.tx, state[2], trainer.shapes)
         history, begin = notes["history"], begin - notes["seconds"]
     data = batches(args, text, seed)
+    mark, times = (first, time.perf_counter()), []  # a step and when it ended; ms a step since
     for i in over(range(1, args.steps + 1), f"{args.method}, seed {seed}", console):
         tokens = next(data)
         if i <= first:
             continue
         state, loss = trainer.step(i, state, tokens)
         if i % max(args.steps // args.evaluations, 1) == 0 or i == args.steps:
-            if not np.isfinite(loss):
+            if not np.isfinite(loss):  # waits for it
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
                 )
+            times.append(1e3 * (time.perf_counter() - mark[1]) / (i - mark[0]))
             explored = float(measures(state[2])[1])
             found = trainer.perplexity(state, text.validation)
             history.append([i, round(found, 4), round(explored, 4)])
@@ -242,6 +244,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
             )
             if store:
                 store.save(i, state, {"history": history, "seconds": seconds})
+            mark = i, time.perf_counter()
     test = trainer.perplexity(state, text.test)
     print_(f"test perplexity {test:.3f}")
     if dstee.get_states(state[2]):
@@ -256,6 +259,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         "density": round(float(measures(state[2])[0]), 6),
         "R": history[-1][2],
         "seconds": round(time.perf_counter() - begin, 1),
+        "step_ms": round(min(times[1:] or times), 2) if times else None,
         "history": history,
     }
 

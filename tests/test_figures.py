@@ -109,7 +109,7 @@ def test_masks_from_a_checkpoint(tmp_path):
     drawn(tmp_path, "masks")
 
 
-@pytest.mark.parametrize("name", ["length", "tiles", "linkpred", "lm"])
+@pytest.mark.parametrize("name", ["length", "tiles", "tiles_lm", "linkpred", "lm"])
 def test_of_the_committed_records(tmp_path, name):
     figures.main([name, f"--out={tmp_path}"])
     drawn(tmp_path, name)

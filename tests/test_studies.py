@@ -162,7 +162,7 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
 def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiles_lm, "TILES", ((), (1, 8)))
     monkeypatch.setattr(tiles_lm, "SPARSITIES", (0.5,))
-    monkeypatch.setattr(tiles_lm, "QUEUED", ("static",))
+    monkeypatch.setattr(tiles_lm, "QUEUED", (("static",),))
     monkeypatch.setattr(tiles_lm, "WIDTH", 16)
     words = tmp_path / "words.txt"
     words.write_text("a word is a word " * 60)
@@ -179,8 +179,12 @@ def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     assert "50% sparse, width 16, 4 steps, 2 seeds" in shown
     tiles_lm.main(command)  # nothing is left
     assert len(records.read(path)) == len(runs) == 4
+    assert all(run["step_ms"] > 0 for run in runs)
     tiles_lm.main([f"--table={path}"])
     assert "| 1 x 8 |" in capsys.readouterr().out
+    figures.main(["tiles_lm", f"--records={path}", f"--out={tmp_path}"])
+    with Image.open(tmp_path / "tiles_lm.png") as image:
+        assert np.asarray(image.convert("L")).std() > 10  # there is something on it
 
 
 class Masks:

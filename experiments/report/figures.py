@@ -8,6 +8,7 @@
     python -m experiments.report.figures theory        # from results/theory.jsonl
     python -m experiments.report.figures length        # from results/length.jsonl
     python -m experiments.report.figures tiles         # from results/tiles.jsonl
+    python -m experiments.report.figures tiles_lm      # from results/tiles_lm.jsonl
     python -m experiments.report.figures linkpred      # from results/linkpred.jsonl
     python -m experiments.report.figures lm            # from results/lm.jsonl
     python -m experiments.report.figures masks --work_dir DIR   # from a run's last checkpoint
@@ -30,6 +31,7 @@ import dstee_jax as dstee
 from experiments.report import animation
 from experiments.studies import length as study
 from experiments.studies import tiles as tile_study
+from experiments.studies import tiles_lm as tiles_lm_study
 from experiments.training import records
 from experiments.training.arguments import Parser
 from experiments.training.checkpoints import Checkpoints, by_name
@@ -240,27 +242,49 @@ def length(runs: list[dict]) -> Figure:
 
 def tiles(runs: list[dict]) -> Figure:
     """Accuracy against the time of a step, by tile and method; a panel for each sparsity."""
-    groups = records.group(runs, "sparsity", "epochs")
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(5.2 * len(groups), 3.8), layout="constrained", squeeze=False
-    )
-    for axis, ((sparsity, epochs), some) in zip(axes[0], groups.items(), strict=True):
+    panels = {}
+    for (sparsity, epochs), some in records.group(runs, "sparsity", "epochs").items():
+        seeds = len(some[0]["seeds"])
+        cells = {}
         for size in tile_study.TILES:
             mine = tile_study.having(some, size)
-            if not mine:
-                continue
-            place = tile_study.step_ms(mine)
             for run in mine:
-                i = tile_study.METHODS.index(run["method"])
-                mean, sd = np.mean(run["accuracy"]), np.std(run["accuracy"], ddof=1)
-                style = {"color": COLORS[run["method"]], "marker": MARKERS[i], "capsize": 2}
-                axis.errorbar(place * (1 + 0.02 * (i - 1)), mean, sd, ls="", **style)
-            low = min(np.mean(run["accuracy"]) - np.std(run["accuracy"], ddof=1) for run in mine)
+                cells[size, run["method"]] = tile_study.step_ms(mine), run["accuracy"]
+        panels[f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds"] = cells
+    return _by_step_time(panels, "ms a step, all seeds", "test accuracy (%)")
+
+
+def tiles_lm(runs: list[dict]) -> Figure:
+    """Perplexity against the time of a step, by tile and method; a panel for each sparsity."""
+    panels = {}
+    for (sparsity, steps), some in records.group(runs, "sparsity", "steps").items():
+        cells = {
+            key: (tiles_lm_study.step_ms(some, key[0]), [run["perplexity"] for run in mine])
+            for key, mine in tiles_lm_study.cells(some).items()
+        }
+        seeds = "/".join(map(str, sorted({len(found) for _, found in cells.values()})))
+        panels[f"{sparsity:.0%} sparse, {steps} steps, {seeds} seeds"] = cells
+    return _by_step_time(panels, "ms a step", "test perplexity of a byte")
+
+
+def _by_step_time(panels: dict[str, dict], time: str, measure: str) -> Figure:
+    """A panel for each title: {(tile, method): (ms, values of the seeds)}, mean and deviation."""
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels), 3.8), layout="constrained", squeeze=False
+    )
+    for axis, (title, cells) in zip(axes[0], panels.items(), strict=True):
+        lows: dict = {}
+        for (size, method), (ms, found) in cells.items():
+            i = tile_study.METHODS.index(method)
+            mean, sd = np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0.0
+            style = {"color": COLORS[method], "marker": MARKERS[i], "capsize": 2}
+            axis.errorbar(ms * (1 + 0.02 * (i - 1)), mean, sd, ls="", **style)
+            lows[size, ms] = min(lows.get((size, ms), np.inf), mean - sd)
+        for (size, ms), low in lows.items():
             text = {"textcoords": "offset points", "ha": "center"}
-            axis.annotate(tile_study.name_of(size), (place, low), (0, -16), **text)
-        seeds = len(some[0]["seeds"])
-        axis.set_title(f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds")
-        axis.set(xlabel="ms a step, all seeds", ylabel="test accuracy (%)", xscale="log")
+            axis.annotate(tile_study.name_of(size), (ms, low), (0, -16), **text)
+        axis.set_title(title)
+        axis.set(xlabel=time, ylabel=measure, xscale="log")
         axis.margins(0.12, 0.18)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
@@ -366,6 +390,7 @@ DRAWN: dict[str, Callable[[list[dict]], Figure]] = {
     "theory": theory,
     "length": length,
     "tiles": tiles,
+    "tiles_lm": tiles_lm,
     "linkpred": linkpred,
     "lm": lm,
 }
