@@ -156,6 +156,13 @@ class Trainer:
         args = self.args
         return perplexity(self.total_loss, state, part, args.length, args.batch)
 
+    def dense_gradient(self, state: State, tokens: np.ndarray) -> tuple[Any, Any]:
+        """Parameters, and the gradient of the loss on windows of bytes, both dense."""
+        params, tiles, _ = state
+        if self.args.tiles:
+            params, tiles = self._changed(set_dense, params, tiles)
+        return params, self._gradient(params, tiles, tokens)[1]
+
     def _predict(self, params: Any, tiles: Any, inputs: jax.Array) -> jax.Array:
         return nnx.merge(self.graph, params, tiles, copy=True)(inputs)
 
@@ -170,12 +177,18 @@ class Trainer:
         jax.jit, static_argnums=0, static_argnames="mask_step", donate_argnums=(1, 3)
     )
     def _step(self, params: Any, tiles: Any, opt_state: Any, tokens: jax.Array, mask_step: bool):
+        loss, grads = self._gradient(params, tiles, tokens)
+        params, opt_state = dstee.apply(self.tx, grads, opt_state, params, mask_step=mask_step)
+        return params, opt_state, loss
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _gradient(self, params: Any, tiles: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        """The mean loss of a byte, and its gradient."""
+
         def loss_of(params):
             return losses(self._predict(params, tiles, tokens[:, :-1]), tokens[:, 1:]).mean()
 
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        params, opt_state = dstee.apply(self.tx, grads, opt_state, params, mask_step=mask_step)
-        return params, opt_state, loss
+        return jax.value_and_grad(loss_of)(params)
 
     @functools.partial(jax.jit, static_argnums=0)
     def total_loss(

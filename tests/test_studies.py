@@ -10,7 +10,17 @@ from PIL import Image
 from dstee_jax import scales
 from experiments import linkpred, mlp
 from experiments.report import figures, table, table1
-from experiments.studies import ablation, growth, length, methods, queue, spikes, tiles, tiles_lm
+from experiments.studies import (
+    ablation,
+    growth,
+    length,
+    methods,
+    queue,
+    spikes,
+    tile_choice,
+    tiles,
+    tiles_lm,
+)
 from experiments.training import records
 from experiments.training.methods import METHODS
 from tests.tiny_datasets import write_cifar, write_mnist
@@ -109,7 +119,7 @@ def test_a_queue_goes_on_where_it_was_stopped(tmp_path, data_dir, monkeypatch, c
 def test_records_and_data_that_are_missing(tmp_path, capsys):
     """Of every command that prints records, and of a queue."""
     nowhere = str(tmp_path / "nowhere")
-    for program in (length, tiles, tiles_lm, growth, ablation, linkpred):
+    for program in (length, tiles, tiles_lm, tile_choice, growth, ablation, linkpred):
         with pytest.raises(SystemExit):
             program.main(["--table", nowhere])
         assert f"there is no file {nowhere}" in capsys.readouterr().err
@@ -185,6 +195,40 @@ def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     figures.main(["tiles_lm", f"--records={path}", f"--out={tmp_path}"])
     with Image.open(tmp_path / "tiles_lm.png") as image:
         assert np.asarray(image.convert("L")).std() > 10  # there is something on it
+
+
+def test_what_a_round_would_choose_by_hand():
+    kernel = np.arange(-4.0, 4.0).reshape(1, 2, 4)  # two tiles of 2 x 2 side by side
+    sums = tile_choice.of_tiles(kernel, np.ones((1, 1, 2), bool))
+    assert sums.tolist() == [[[[4 + 3 + 0 + 1, 2 + 1 + 2 + 3]]], [[[26, 18]]]]
+    free = tile_choice.of_tiles(kernel, kernel > 0)
+    np.testing.assert_array_equal(free, [abs(kernel), kernel**2])
+    mask = np.arange(20).reshape(2, 10) < 10  # a fifth of the active: two
+    weight = np.stack([np.where(mask, 9.0, 0.0)] * 2)
+    weight[:, 0, 3], weight[:, 0, 5] = (1, 3), (2, 4)
+    first, second = np.ones((2, 2, 2, 10))
+    first[:, 1, 0], first[:, 1, 4] = (7, 50), (6, 30)
+    first[:, 0] = 100  # active: does not count
+    second[:, 1, 4], second[:, 1, 7] = (7, 1), (6, 1)
+    found = tile_choice.choice(mask, weight, [first, second])
+    assert found.tolist() == [3 + 4, 3 + 4 + 8 * 9, 50 + 30, 50 + 30 + 8, 1, 2]
+
+
+def test_how_much_there_is_to_choose(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tile_choice, "TILES", ((), (8, 8)))
+    monkeypatch.setattr(tile_choice, "WIDTH", 16)
+    monkeypatch.setattr(tile_choice, "LAYERS", 1)
+    path = tmp_path / "tile_choice.jsonl"
+    command = ["--after=2", "--seeds=1", f"--results={path}"]
+    tile_choice.main(command)
+    free, tiled = records.read(path)
+    assert (free["tiles"], tiled["tiles"]) == (None, [8, 8])
+    assert 0 < free["dropped"] < 0.02 < tiled["dropped"] < 0.3
+    assert 0 < tiled["grown"] < 1
+    assert 0 <= tiled["again"] <= 1
+    tile_choice.main(command)  # nothing is left
+    assert "| 8 x 8 | " in capsys.readouterr().out
+    assert len(records.read(path)) == 2
 
 
 class Masks:
