@@ -141,9 +141,7 @@ class Trainer:
 
     def step(self, i: int, state: State, tokens: np.ndarray) -> tuple[State, jax.Array]:
         """Step `i`, from 1, on windows of bytes (batch, length + 1); the new state, the loss."""
-        params, tiles, opt_state = state
-        if i in self.dense_steps:
-            params, tiles = self._changed(set_dense, params, tiles)
+        params, tiles, opt_state = self.dense(state) if i in self.dense_steps else state
         params, opt_state, loss = self._step(
             params, tiles, opt_state, tokens, mask_step=i in self.mask_steps
         )
@@ -156,12 +154,14 @@ class Trainer:
         args = self.args
         return perplexity(self.total_loss, state, part, args.length, args.batch)
 
-    def dense_gradient(self, state: State, tokens: np.ndarray) -> tuple[Any, Any]:
-        """Parameters, and the gradient of the loss on windows of bytes, both dense."""
-        params, tiles, _ = state
-        if self.args.tiles:
-            params, tiles = self._changed(set_dense, params, tiles)
-        return params, self._gradient(params, tiles, tokens)[1]
+    def dense(self, state: State) -> State:
+        """The same with dense kernels."""
+        params, tiles, opt_state = state
+        return (*self._changed(set_dense, params, tiles), opt_state) if self.args.tiles else state
+
+    def gradient(self, state: State, tokens: np.ndarray) -> Any:
+        """Of the mean loss of a byte, with respect to the parameters in their form."""
+        return self._gradient(*state[:2], tokens)[1]
 
     def _predict(self, params: Any, tiles: Any, inputs: jax.Array) -> jax.Array:
         return nnx.merge(self.graph, params, tiles, copy=True)(inputs)
@@ -206,6 +206,31 @@ def batches(args: argparse.Namespace, text: texts.Text, seed: int) -> Iterator[n
         yield text.train[starts[:, None] + window].astype(np.int32)
 
 
+class Pace:
+    """Milliseconds of a step, from the parts of a training between evaluations.
+
+    Counted from the first evaluation of a process on: programs are compiled before it.
+    """
+
+    def __init__(self) -> None:
+        self.begin: tuple[int, float] | None = None
+        self.parts: list[tuple[int, float]] = []  # steps, ms a step
+
+    def start(self, step: int) -> None:
+        """After an evaluation, which followed `step`."""
+        self.begin = step, time.perf_counter()
+
+    def stop(self, step: int) -> None:
+        """Before an evaluation, when `step` is done."""
+        if self.begin:
+            first, begin = self.begin
+            self.parts.append((step - first, 1e3 * (time.perf_counter() - begin) / (step - first)))
+
+    def ms(self, steps: int) -> float | None:
+        """Of the fastest part of so many steps; None if there was none."""
+        return min((round(ms, 2) for n, ms in self.parts if n == steps), default=None)
+
+
 def settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What a record says of its run."""
     named = ("method", "sparsity", "tiles", "steps", "batch", "length", "layers", "width", "heads")
@@ -235,18 +260,18 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         dstee.check(trainer.tx, state[2], trainer.shapes)
         history, begin = notes["history"], begin - notes["seconds"]
     data = batches(args, text, seed)
-    mark, times = (first, time.perf_counter()), []  # a step and when it ended; ms a step since
+    part, pace = max(args.steps // args.evaluations, 1), Pace()
     for i in over(range(1, args.steps + 1), f"{args.method}, seed {seed}", console):
         tokens = next(data)
         if i <= first:
             continue
         state, loss = trainer.step(i, state, tokens)
-        if i % max(args.steps // args.evaluations, 1) == 0 or i == args.steps:
+        if i % part == 0 or i == args.steps:
             if not np.isfinite(loss):  # waits for it
                 raise FloatingPointError(
                     f"the loss is {loss} after step {i}: lower --learning_rate."
                 )
-            times.append(1e3 * (time.perf_counter() - mark[1]) / (i - mark[0]))
+            pace.stop(i)
             explored = float(measures(state[2])[1])
             found = trainer.perplexity(state, text.validation)
             history.append([i, round(found, 4), round(explored, 4)])
@@ -257,7 +282,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
             )
             if store:
                 store.save(i, state, {"history": history, "seconds": seconds})
-            mark = i, time.perf_counter()
+            pace.start(i)
     test = trainer.perplexity(state, text.test)
     print_(f"test perplexity {test:.3f}")
     if dstee.get_states(state[2]):
@@ -272,7 +297,7 @@ def run(args: argparse.Namespace, text: texts.Text, seed: int = 0) -> dict[str, 
         "density": round(float(measures(state[2])[0]), 6),
         "R": history[-1][2],
         "seconds": round(time.perf_counter() - begin, 1),
-        "step_ms": round(min(times[1:] or times), 2) if times else None,
+        "step_ms": pace.ms(part),
         "history": history,
     }
 

@@ -218,6 +218,18 @@ def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, m
         lm.main([*command, str(tmp_path / "killed"), "--learning_rate", "1e-3"])
 
 
+def test_the_time_of_a_step(monkeypatch):
+    now = iter([10.0, 11.0, 20.0, 21.5, 30.0, 30.1])
+    monkeypatch.setattr(lm.time, "perf_counter", lambda: next(now))
+    pace = lm.Pace()
+    pace.stop(5)  # in which programs are compiled
+    assert pace.ms(5) is None
+    for first, last in ((5, 10), (10, 15), (15, 16)):  # the last part is a short one
+        pace.start(first)
+        pace.stop(last)
+    assert pace.ms(5) == 200
+
+
 def test_dense_has_one_density_and_fills_each_column(words, tmp_path):
     args = lm.parse(["--method", "dense", *TINY, "--steps", "2", "--quiet", "--text", str(words)])
     record = lm.run(args, text.load(args.text, args.length))

@@ -186,7 +186,7 @@ def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     found = [(run["seed"], run["tiles"]) for run in runs]
     assert found == [(0, None), (0, [1, 8]), (1, None), (1, [1, 8])]
     shown = capsys.readouterr().out
-    assert "50% sparse, width 16, 4 steps, 2 seeds" in shown
+    assert "50% sparse, 1 layers of width 16, 4 steps, text" in shown
     tiles_lm.main(command)  # nothing is left
     assert len(records.read(path)) == len(runs) == 4
     assert all(run["step_ms"] > 0 for run in runs)
@@ -195,39 +195,48 @@ def test_the_tile_study_of_the_language_model(tmp_path, monkeypatch, capsys):
     figures.main(["tiles_lm", f"--records={path}", f"--out={tmp_path}"])
     with Image.open(tmp_path / "tiles_lm.png") as image:
         assert np.asarray(image.convert("L")).std() > 10  # there is something on it
+    moved = runs[0] | {"method": "rigl"}
+    moving = [moved | {"options": {"every": every}} for every in (2, 3)]
+    two, three = tiles_lm.groups([*runs, *moving])
+    assert "a mask update every 2," in two
+    assert "a mask update every 3," in three
+    fixed = tiles_lm.cells(tiles_lm.groups([*runs, *moving])[three])
+    assert [len(mine) for mine in fixed.values()] == [2, 2]
 
 
-def test_what_a_round_would_choose_by_hand():
+def test_what_a_round_chose_by_hand():
     kernel = np.arange(-4.0, 4.0).reshape(1, 2, 4)  # two tiles of 2 x 2 side by side
-    sums = tile_choice.of_tiles(kernel, np.ones((1, 1, 2), bool))
-    assert sums.tolist() == [[[[4 + 3 + 0 + 1, 2 + 1 + 2 + 3]]], [[[26, 18]]]]
-    free = tile_choice.of_tiles(kernel, kernel > 0)
-    np.testing.assert_array_equal(free, [abs(kernel), kernel**2])
-    mask = np.arange(20).reshape(2, 10) < 10  # a fifth of the active: two
-    weight = np.stack([np.where(mask, 9.0, 0.0)] * 2)
-    weight[:, 0, 3], weight[:, 0, 5] = (1, 3), (2, 4)
-    first, second = np.ones((2, 2, 2, 10))
-    first[:, 1, 0], first[:, 1, 4] = (7, 50), (6, 30)
-    first[:, 0] = 100  # active: does not count
-    second[:, 1, 4], second[:, 1, 7] = (7, 1), (6, 1)
-    found = tile_choice.choice(mask, weight, [first, second])
-    assert found.tolist() == [3 + 4, 3 + 4 + 8 * 9, 50 + 30, 50 + 30 + 8, 1, 2]
+    assert tile_choice.squares(kernel, np.ones((1, 1, 2), bool)).tolist() == [[[26, 18]]]
+    np.testing.assert_array_equal(tile_choice.squares(kernel, kernel > 0), kernel**2)
+    before, after = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], bool), np.array([[1, 1], [0, 1]], bool)
+    weights = np.array([[6, 5, 1, 0], [0, 0, 0, 0]])
+    grads = np.array([[70, 80, 90, 1], [3, 1, 0, 0]])
+    exchanged = before.copy()
+    exchanged[0, 2], exchanged[1, 0] = False, True
+    rows = [(before, exchanged, weights, grads), (after, after, 0 * after, 0 * after)]
+    assert tile_choice.compared(rows) == {
+        "exchanged": round(100 / 6, 3),  # 1 of 3 + 3
+        "dropped": 0.5,  # 1, where the mean active weight is 12 / 6
+        "grown": 3.6,  # 3, where the mean inactive one is 5 / 6
+    }
+    with pytest.raises(ValueError, match="nothing was exchanged: each column has one tile"):
+        tile_choice.compared(rows[1:])
 
 
 def test_how_much_there_is_to_choose(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tile_choice, "TILES", ((), (8, 8)))
-    monkeypatch.setattr(tile_choice, "WIDTH", 16)
-    monkeypatch.setattr(tile_choice, "LAYERS", 1)
+    monkeypatch.setattr(tile_choice, "TILES", ((), (1, 4)))
+    for name, value in {"WIDTH": 16, "LAYERS": 1, "STEPS": 8, "UPDATE": 3}.items():
+        monkeypatch.setattr(tile_choice, name, value)
     path = tmp_path / "tile_choice.jsonl"
-    command = ["--after=2", "--seeds=1", f"--results={path}"]
+    command = ["--seeds=1", f"--results={path}"]
     tile_choice.main(command)
     free, tiled = records.read(path)
-    assert (free["tiles"], tiled["tiles"]) == (None, [8, 8])
-    assert 0 < free["dropped"] < 0.02 < tiled["dropped"] < 0.3
-    assert 0 < tiled["grown"] < 1
-    assert 0 <= tiled["again"] <= 1
+    assert (free["tiles"], tiled["tiles"]) == (None, [1, 4])
+    assert 0 < free["dropped"] < 0.1 < tiled["dropped"] < 1
+    assert 1 < tiled["grown"] < free["grown"]
+    assert 0 < tiled["exchanged"] < 30
     tile_choice.main(command)  # nothing is left
-    assert "| 8 x 8 | " in capsys.readouterr().out
+    assert "| 1 x 4 | " in capsys.readouterr().out
     assert len(records.read(path)) == 2
 
 

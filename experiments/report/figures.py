@@ -255,16 +255,18 @@ def tiles(runs: list[dict]) -> Figure:
 
 
 def tiles_lm(runs: list[dict]) -> Figure:
-    """Perplexity against the time of a step, by tile and method; a panel for each sparsity."""
+    """Perplexity against the time of a step, by tile and method; a panel for each setting."""
     panels = {}
-    for (sparsity, steps), some in records.group(runs, "sparsity", "steps").items():
+    for setting, some in tiles_lm_study.groups(runs).items():
         cells = {
-            key: (tiles_lm_study.step_ms(some, key[0]), [run["perplexity"] for run in mine])
-            for key, mine in tiles_lm_study.cells(some).items()
+            (size, method): (ms, [run["perplexity"] for run in mine])
+            for (size, method), mine in tiles_lm_study.cells(some).items()
+            if (ms := tiles_lm_study.step_ms(some, size)) is not None
         }
-        seeds = "/".join(map(str, sorted({len(found) for _, found in cells.values()})))
-        panels[f"{sparsity:.0%} sparse, {steps} steps, {seeds} seeds"] = cells
-    return _by_step_time(panels, "ms a step", "test perplexity of a byte")
+        if cells:
+            title = setting.replace(", a mask", "\na mask")
+            panels[f"{title}, {tiles_lm_study.seeds_of(some)} seeds"] = cells
+    return _by_step_time(panels, "ms an ordinary step", "test perplexity of a byte")
 
 
 def _by_step_time(panels: dict[str, dict], time: str, measure: str) -> Figure:

@@ -2,13 +2,13 @@
 
     python -m experiments.studies.tile_choice
 
-A round drops the fifth of a layer's active tiles that is smallest, and grows as many inactive ones
-of largest gradient. `experiments.lm` as `tiles_lm` trains it, 90% sparse, static masks; after 300
-steps, what share of the squared norm of the weights would be lost, and what share of that of the
-inactive weights' gradient would be gained. If all tiles were alike, the first would be 0.2 and the
-second the share of the inactive tiles that grow, 0.02; and how many of those would grow by another
-batch's gradient too. Masks do not move. Appends a line a run to results/tile_choice.jsonl, skips
-what is recorded there, and prints means and deviations of 3 seeds. About 15 minutes on 2 CPU cores.
+`experiments.lm` as `tiles_lm` trains it, 90% sparse, with RigL and its first mask update at step
+300, by which time a good fifth of the active tiles may go. What does it drop, and what does it
+grow? Weights that it drops, against the average active one: their mean square, as a share of the
+average's. Weights that it grows, against the average inactive one: the mean square of their
+gradient, as a multiple of the average's. If all tiles were alike, both would be 1. Appends a line a
+run to results/tile_choice.jsonl, skips what is recorded there, and prints means and deviations of
+3 seeds. About 15 minutes on 2 CPU cores.
 """
 
 import argparse
@@ -28,105 +28,96 @@ from experiments.studies.tiles_lm import LAYERS, WIDTH
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
 
-FRACTION = 0.2  # of the active tiles
+STEPS, UPDATE = 1000, 300  # of the schedule; of them the one that is looked at, and the last
 MEASURES = {
-    "dropped": "squared norm of the dropped",
-    "grown": "squared gradient of the grown",
-    "again": "grown by another batch too",
+    "exchanged": "exchanged, of the active (%)",
+    "dropped": "mean square of the dropped / of the active",
+    "grown": "mean squared gradient of the grown / of the inactive",
 }
 
 
-def of_tiles(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Sums of magnitudes and of squares over what a kernel's mask has one value for.
+def squares(x: jax.Array, mask: np.ndarray) -> np.ndarray:
+    """Sums of squares over what each value of a kernel's mask stands for.
 
     Args:
       x: a kernel (layers, inputs, outputs) for a mask of tiles, or of any shape for one of weights.
       mask: (layers, rows, columns), or of the shape of `x`.
 
     Returns:
-      float64 (2, *mask.shape).
+      float64, of the shape of `mask`.
     """
-    both = np.stack([np.abs(x), np.square(x)]).astype(np.float64)
-    if x.shape == mask.shape:
-        return both
+    found = np.square(x, dtype=np.float64)
+    if found.shape == mask.shape:
+        return found
     layers, rows, columns = mask.shape
-    return both.reshape(2, layers, rows, x.shape[1] // rows, columns, -1).sum((3, 5))
+    return found.reshape(layers, rows, x.shape[1] // rows, columns, -1).sum((2, 4))
 
 
-def choice(mask: np.ndarray, weight: np.ndarray, grads: Sequence[np.ndarray]) -> np.ndarray:
-    """What a round would choose in one layer.
+def compared(rows: Sequence[tuple[np.ndarray, ...]]) -> dict[str, float]:
+    """What a round dropped against the active, and what it grew against the inactive.
 
     Args:
-      mask: bool, of tiles (rows, columns).
-      weight: of the shape of `mask`, as all that follow: (sum of magnitudes, sum of squares) of
-        each tile, float64 (2, rows, columns).
-      grads: the same of the gradients of two batches.
-
-    Returns:
-      Squared norm of the dropped and of all active tiles, squared gradient of the grown and of
-      all inactive ones, tiles that the second batch grows too and all that grow, float64 (6,).
+      rows: for each kernel its mask before and after the round, and the squares of its weights
+        and of its gradient before it, all of one shape.
     """
-    k = int(FRACTION * mask.sum())
-    size, square = weight[:, mask]
-    lowest = np.argsort(size)[:k]
-    (first, gained), (second, _) = (grad[:, ~mask] for grad in grads)
-    highest, other = (np.argsort(-x)[:k] for x in (first, second))
-    again = len(np.intersect1d(highest, other))
-    pairs = (square[lowest].sum(), square.sum(), gained[highest].sum(), gained.sum(), again, k)
-    return np.float64(pairs)
-
-
-def run(args: argparse.Namespace, seed: int, after: int, text: texts.Text) -> dict[str, Any]:
-    """Train one seed for a while, and see what a round would choose; the record."""
-    trainer = lm.Trainer(args, seed)
-    state, batches = trainer.init(), lm.batches(args, text, seed)
-    for i in range(1, after + 1):
-        state, _ = trainer.step(i, state, next(batches))
-    found = [trainer.dense_gradient(state, next(batches)) for _ in range(2)]
-    masks = dstee.trees.mask_leaves(dstee.get_state(state[2]).masks, found[0][0])
-    leaves = map(jax.tree.leaves, (found[0][0], found[0][1], found[1][1]))
-    total = np.zeros(6)
-    for mask, *arrays in zip(masks, *leaves, strict=True):
-        if dstee.trees.is_dense(mask):
-            continue
-        mask = np.asarray(mask)
-        sums = [of_tiles(np.asarray(x), mask) for x in arrays]
-        for i in range(len(mask)):
-            weight, *grads = (x[:, i] for x in sums)
-            total += choice(mask[i], weight, grads)
-    shares = total[::2] / total[1::2]
-    return settings(args, seed, after) | {
-        "text": texts.describe(text),
-        **dict(zip(MEASURES, np.round(shares, 5).tolist(), strict=True)),
+    before, after, weights, grads = (
+        np.concatenate([row[i].ravel() for row in rows]) for i in range(4)
+    )
+    dropped, grown = before & ~after, after & ~before
+    if not dropped.any():
+        raise ValueError("nothing was exchanged: each column has one tile; take smaller ones.")
+    return {
+        "exchanged": round(float(100 * dropped.sum() / before.sum()), 3),
+        "dropped": round(float(weights[dropped].mean() / weights[before].mean()), 5),
+        "grown": round(float(grads[grown].mean() / grads[~before].mean()), 5),
     }
 
 
-def settings(args: argparse.Namespace, seed: int, after: int) -> dict[str, Any]:
-    """What a record says of its run."""
-    return lm.settings(args, seed) | {"after": after, "fraction": FRACTION}
+def run(args: argparse.Namespace, seed: int, text: texts.Text) -> dict[str, Any]:
+    """Train one seed until its first mask update, and see what that chooses; the record."""
+    trainer = lm.Trainer(args, seed)
+    state = trainer.init()
+    for i, tokens in enumerate(lm.batches(args, text, seed), 1):
+        if i == UPDATE:
+            break
+        state, loss = trainer.step(i, state, tokens)
+    if not np.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} after step {i - 1}.")
+    dense = trainer.dense(state)
+    arrays = [jax.device_get(x) for x in (dense[0], trainer.gradient(dense, tokens))]
+    masks = [jax.device_get(dstee.get_state(state[2]).masks)]
+    state, _ = trainer.step(UPDATE, state, tokens)
+    masks.append(jax.device_get(dstee.get_state(state[2]).masks))
+    pairs = [dstee.trees.mask_leaves(mask, arrays[0]) for mask in masks]
+    rows = [
+        (old, new, squares(weight, old), squares(grad, old))
+        for old, new, weight, grad in zip(*pairs, *map(jax.tree.leaves, arrays), strict=True)
+        if not dstee.trees.is_dense(old)
+    ]
+    return lm.settings(args, seed) | {"text": texts.describe(text)} | compared(rows)
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
-    """A row for each tile, in percent."""
+    """A row for each tile."""
     lines = [f"| tiles | {' | '.join(MEASURES.values())} |", "| --- |" + " --- |" * len(MEASURES)]
     rows = [run | {"name": name_of(run["tiles"] or ())} for run in runs]
     for (name,), some in records.group(rows, "name").items():
-        found = [records.mean_sd([100 * run[m] for run in some], 1) for m in MEASURES]
+        found = [records.mean_sd([run[measure] for run in some]) for measure in MEASURES]
         lines.append(f"| {name} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
 def queue(args: argparse.Namespace) -> list[Run]:
     """A run for each seed and tile."""
-    words = [f"--layers={LAYERS}", f"--width={WIDTH}", "--steps=1000", "--rescale", "--quiet"]
+    words = [f"--layers={LAYERS}", f"--width={WIDTH}", f"--steps={STEPS}", "--rescale", "--quiet"]
+    words += ["--method=rigl", "--sparsity=0.9", f"--every={UPDATE}"]
     found = []
     for seed in range(args.seeds):
         for tiles in TILES:
-            own = ["--tiles", *map(str, tiles)] if tiles else []
-            one = lm.parse([*words, "--method=static", *own])
+            one = lm.parse([*words, *(["--tiles", *map(str, tiles)] if tiles else [])])
             load = functools.partial(texts.load, None, one.length)
-            train = functools.partial(run, one, seed, args.after)
-            found.append(Run(args.results, settings(one, seed, args.after), (), load, train))
+            train = functools.partial(run, one, seed)
+            found.append(Run(args.results, lm.settings(one, seed), (), load, train))
     return found
 
 
@@ -134,7 +125,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = Parser(__doc__)
     add_queue_options(parser, "tile_choice.jsonl", images=False)
-    parser.add_argument("--after", type=at_least_one, default=300, help="steps of training")
     parser.add_argument("--seeds", type=at_least_one, default=3)
     args = parser.parse_args(argv)
     work_off(args, queue(args), table)
