@@ -17,6 +17,7 @@
 `--records FILE` draws other records, `--out DIR` writes elsewhere than docs/figures.
 """
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,37 +265,34 @@ def tiles_lm(runs: list[dict]) -> Figure:
             if (ms := tiles_lm_study.step_ms(some, size)) is not None
         }
         if cells:
-            title = setting.replace(", a mask", "\na mask")
-            panels[f"{title}, {tiles_lm_study.seeds_of(some)} seeds"] = cells
+            panels[f"{setting}, {tiles_lm_study.seeds_of(some)} seeds"] = cells
     return _by_step_time(panels, "ms an ordinary step", "test perplexity of a byte")
 
 
 def _by_step_time(panels: dict[str, dict], time: str, measure: str) -> Figure:
     """A panel for each title: {(tile, method): (ms, values of the seeds)}, mean and deviation."""
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 3.8), layout="constrained", squeeze=False
+        1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False
     )
+    colors = dict(zip(tile_study.TILES, SEQUENCE, strict=False))
+    markers = dict(zip(tile_study.METHODS, MARKERS, strict=False))
     for axis, (title, cells) in zip(axes[0], panels.items(), strict=True):
-        lows: dict = {}
         for (size, method), (ms, found) in cells.items():
-            i = tile_study.METHODS.index(method)
             mean, sd = np.mean(found), np.std(found, ddof=1) if len(found) > 1 else 0.0
-            style = {"color": COLORS[method], "marker": MARKERS[i], "capsize": 2}
-            axis.errorbar(ms * (1 + 0.02 * (i - 1)), mean, sd, ls="", **style)
-            lows[size, ms] = min(lows.get((size, ms), np.inf), mean - sd)
-        for (size, ms), low in lows.items():
-            text = {"textcoords": "offset points", "ha": "center"}
-            axis.annotate(tile_study.name_of(size), (ms, low), (0, -16), **text)
-        axis.set_title(title)
+            style = {"color": colors[size], "marker": markers[method], "capsize": 2}
+            beside = 1 + 0.02 * (tile_study.METHODS.index(method) - 1)
+            axis.errorbar(ms * beside, mean, sd, ls="", **style)
+        axis.set_title(textwrap.fill(title, 54), fontsize="medium")
         axis.set(xlabel=time, ylabel=measure, xscale="log")
-        axis.margins(0.12, 0.18)
+        axis.margins(0.12, 0.12)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("{x:g}")
     names = {"dst_ee": "DST-EE", "rigl": "RigL", "static": "static"}
-    for i, method in enumerate(tile_study.METHODS):
-        style = {"color": COLORS[method], "marker": MARKERS[i], "ls": "", "label": names[method]}
-        axes[0, 0].plot([], [], **style)
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(names))
+    for method, marker in markers.items():
+        axes[0, 0].plot([], [], color="#999999", marker=marker, ls="", label=names[method])
+    for size, color in colors.items():
+        axes[0, 0].plot([], [], color=color, lw=6, label=tile_study.name_of(size))
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(markers) + len(colors))
     return figure
 
 
