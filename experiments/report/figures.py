@@ -274,7 +274,8 @@ def _by_step_time(panels: dict[str, dict], time: str, measure: str) -> Figure:
     figure, axes = plt.subplots(
         1, len(panels), figsize=(4.6 * len(panels), 4), layout="constrained", squeeze=False
     )
-    colors = dict(zip(tile_study.TILES, SEQUENCE, strict=False))
+    sizes = dict.fromkeys(size for cells in panels.values() for size, _ in cells)
+    colors = dict(zip(sizes, SEQUENCE, strict=False))
     markers = dict(zip(tile_study.METHODS, MARKERS, strict=False))
     for axis, (title, cells) in zip(axes[0], panels.items(), strict=True):
         for (size, method), (ms, found) in cells.items():
