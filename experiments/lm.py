@@ -61,7 +61,7 @@ from experiments.training.learner import (
 )
 from experiments.training.methods import mask_steps, measures, optimizer
 from experiments.training.models import count_weights
-from experiments.training.progress import conclude, over
+from experiments.training.progress import Pace, conclude, over
 from experiments.training.runs import check_same_command, record_once
 from experiments.training.transformer import Transformer, in_blocks, stack_axes
 
@@ -204,31 +204,6 @@ def batches(args: argparse.Namespace, text: texts.Text, seed: int) -> Iterator[n
     for _ in range(args.steps):
         starts = rng.integers(0, len(text.train) - args.length, args.batch)
         yield text.train[starts[:, None] + window].astype(np.int32)
-
-
-class Pace:
-    """Milliseconds of a step, from the parts of a training between evaluations.
-
-    Counted from the first evaluation of a process on: programs are compiled before it.
-    """
-
-    def __init__(self) -> None:
-        self.begin: tuple[int, float] | None = None
-        self.parts: list[tuple[int, float]] = []  # steps, ms a step
-
-    def start(self, step: int) -> None:
-        """After an evaluation, which followed `step`."""
-        self.begin = step, time.perf_counter()
-
-    def stop(self, step: int) -> None:
-        """Before an evaluation, when `step` is done."""
-        if self.begin:
-            first, begin = self.begin
-            self.parts.append((step - first, 1e3 * (time.perf_counter() - begin) / (step - first)))
-
-    def ms(self, steps: int) -> float | None:
-        """Of the fastest part of so many steps; None if there was none."""
-        return min((round(ms, 2) for n, ms in self.parts if n == steps), default=None)
 
 
 def settings(args: argparse.Namespace, seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dstee_jax.tiled_nnx import set_tiles
 from dstee_jax.trees import unwrap
 from experiments import lm, pack
 from experiments.data import text
-from experiments.training import records
+from experiments.training import progress, records
 
 TINY = ["--layers", "2", "--width", "16", "--heads", "2", "--length", "16", "--batch", "4"]
 WORDS = "the cat sat on the mat and the dog lay by the door. " * 100
@@ -220,8 +220,8 @@ def test_a_run_in_tiles_that_was_killed_ends_as_if_it_was_not(words, tmp_path, m
 
 def test_the_time_of_a_step(monkeypatch):
     now = iter([10.0, 11.0, 20.0, 21.5, 30.0, 30.1])
-    monkeypatch.setattr(lm.time, "perf_counter", lambda: next(now))
-    pace = lm.Pace()
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    pace = progress.Pace()
     pace.stop(5)  # in which programs are compiled
     assert pace.ms(5) is None
     for first, last in ((5, 10), (10, 15), (15, 16)):  # the last part is a short one

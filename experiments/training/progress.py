@@ -1,5 +1,6 @@
 """What a command shows while it works, and the line that it ends with."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,3 +70,28 @@ def shown(path: Any) -> str:
     """A path as in a command: from the checkout's root, where it is inside."""
     path = Path(path)
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+class Pace:
+    """Milliseconds of a step, from the parts of a training between evaluations.
+
+    Counted from the first evaluation of a process on: programs are compiled before it.
+    """
+
+    def __init__(self) -> None:
+        self.begin: tuple[int, float] | None = None
+        self.parts: list[tuple[int, float]] = []  # steps, ms a step
+
+    def start(self, step: int) -> None:
+        """After an evaluation, which followed `step`."""
+        self.begin = step, time.perf_counter()
+
+    def stop(self, step: int) -> None:
+        """Before an evaluation, when `step` is done."""
+        if self.begin:
+            first, begin = self.begin
+            self.parts.append((step - first, 1e3 * (time.perf_counter() - begin) / (step - first)))
+
+    def ms(self, steps: int) -> float | None:
+        """Of the fastest part of so many steps; None if there was none."""
+        return min((round(ms, 2) for n, ms in self.parts if n == steps), default=None)
