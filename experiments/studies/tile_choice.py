@@ -3,7 +3,7 @@
     python -m experiments.studies.tile_choice
 
 `experiments.lm` as `tiles_lm` trains it, 90% sparse, with RigL and its first mask update at step
-300, by which time a good fifth of the active tiles may go. What does it drop, and what does it
+300, where about a fifth of the active tiles may go. What does it drop, and what does it
 grow? Weights that it drops, against the average active one: their mean square, as a share of the
 average's. Weights that it grows, against the average inactive one: the mean square of their
 gradient, as a multiple of the average's. If all tiles were alike, both would be 1. Appends a line a
@@ -28,7 +28,7 @@ from experiments.studies.tiles_lm import LAYERS, WIDTH
 from experiments.training import records
 from experiments.training.arguments import Parser, at_least_one
 
-STEPS, UPDATE = 1000, 300  # of the schedule; of them the one that is looked at, and the last
+STEPS, UPDATE = 1000, 300  # of the schedule; the mask update, with which a run ends
 MEASURES = {
     "exchanged": "exchanged, of the active (%)",
     "dropped": "mean square of the dropped / of the active",
@@ -36,7 +36,7 @@ MEASURES = {
 }
 
 
-def squares(x: jax.Array, mask: np.ndarray) -> np.ndarray:
+def squares(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Sums of squares over what each value of a kernel's mask stands for.
 
     Args:

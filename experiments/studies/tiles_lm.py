@@ -6,7 +6,7 @@ Free masks, and tiles of 8 x 8, 16 x 16, 32 x 32 and 1 x 32 in the blocks, at 90
 DST-EE, RigL and static masks: a queue of `experiments.lm` runs that skips what is recorded in
 results/tiles_lm.jsonl, so that it can be stopped and continued; `--minutes` stops it by itself.
 Then prints a table of perplexity, lower is better, and of the time of a step. `--table FILE` prints
-a file of records again. About an hour a seed on 2 CPU cores.
+a file of records again. About an hour and a half a seed on 2 CPU cores.
 """
 
 import argparse
