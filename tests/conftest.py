@@ -32,17 +32,13 @@ def release_programs():
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
-    """Programs are compiled without LLVM's optimisations: tests compile more than they run.
+    """Programs are compiled quickly (tests/quick.py), and as users do in what is `optimized`.
 
-    XLA's passes are the same. Modules marked `optimized`, but for tests marked `optimized(False)`,
-    compile as users do, and all do with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    That are the tests and modules marked so, but for tests marked `optimized(False)`; and every
+    process that a test starts without `quick.environment`.
     """
-    import jax
+    from tests import quick
 
-    name = "jax_disable_most_optimizations"
     marker = request.node.get_closest_marker("optimized")
-    optimized = marker is not None and marker.args != (False,)
-    before = jax.config.read(name)
-    jax.config.update(name, not optimized and os.environ.get(name.upper(), "1") != "0")
-    yield
-    jax.config.update(name, before)
+    with quick.compilation(marker is None or marker.args == (False,)):
+        yield

@@ -20,6 +20,7 @@ from experiments.data import imagenet as imagenet_input
 from experiments.report import table2
 from experiments.training import records, sis
 from experiments.training.checkpoints import Checkpoints
+from tests import quick
 from tests.tiny_datasets import MARKS, write_imagenet
 
 pytestmark = MARKS
@@ -132,13 +133,12 @@ def command(data_dir, work_dir, *extra):
 
 
 def start(data_dir, work_dir, *extra, devices=8, **options):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         command(data_dir, work_dir, *extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | os.environ | {"XLA_FLAGS": flags},
+        env=quick.environment(devices),
         **options,
     )
 

@@ -1,7 +1,6 @@
 """The MLP whose seeds train at once, on a tiny MNIST written to disk in the real format."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from experiments import mlp
 from experiments.data import arrays as data
 from experiments.report import table
 from experiments.training import records, sis
+from tests import quick
 from tests.tiny_datasets import MARKS, write_cifar, write_mnist
 
 pytestmark = MARKS
@@ -189,7 +189,7 @@ def test_sigterm_and_the_same_command(data_dir, tmp_path):
     stopped = [*command, f"--work_dir={tmp_path}/work"]
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.mlp", *stopped],
-        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=quick.environment(),
     )
     checkpoints = tmp_path / "work" / "checkpoints"
     while not (checkpoints / "2").exists() and process.poll() is None:

@@ -110,7 +110,7 @@ def test_bit_for_bit(inner):
 
 @pytest.mark.parametrize("options", [{}, {"packed": True}, {"packed": True, "grow_batches": 2}])
 def test_two_programs(options):
-    """One of them without mask steps, by a static argument: bit for bit the same as one."""
+    """One of them without mask steps, by a static argument: as one, floats but for rounding."""
     rounds = dstee.mask_steps(20, every=3)
     assert list(rounds) == [3, 6, 9, 12, 15]
     expected, expected_state = train(make(**options), tree(0), steps=16, how=dstee.apply)
@@ -125,7 +125,8 @@ def test_two_programs(options):
 
     for i in range(16):
         params, state = step(params, state, tree(100 + i), mask_step=i + 1 in rounds)
-    equal((params, state.masks, state.counters), (expected, *expected_state[2:4]))
+    equal((state.masks, state.counters), expected_state[2:4])
+    close(params, expected)
     programs = [
         step.lower(params, state, tree(0), mask_step=due).as_text() for due in (False, True)
     ]
