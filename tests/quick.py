@@ -42,9 +42,11 @@ def compilation(quick):
 
     before = jax.config.read(SETTING)
     jax.config.update(SETTING, quick)
-    with mock.patch.object(compiler, "get_compile_options", get_compile_options):
-        yield
-    jax.config.update(SETTING, before)
+    try:
+        with mock.patch.object(compiler, "get_compile_options", get_compile_options):
+            yield
+    finally:
+        jax.config.update(SETTING, before)
 
 
 def environment(devices=8):
