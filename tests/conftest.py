@@ -34,7 +34,7 @@ def release_programs():
 def quick_compilation(request):
     """Programs are compiled quickly (tests/quick.py), and as users do in what is `optimized`.
 
-    That are the tests and modules marked so, but for tests marked `optimized(False)`; and every
+    Those are the tests and modules marked so, but for tests marked `optimized(False)`; and every
     process that a test starts without `quick.environment`.
     """
     from tests import quick
