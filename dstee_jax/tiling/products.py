@@ -145,10 +145,8 @@ def _product(x: jax.Array, kernel: jax.Array, tiles: Tiles) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiplied(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
     """kernel.T @ x, examples last."""
-    forward = functools.partial(_forward, rows)
-    return lax.platform_dependent(
-        x, kernel, index, cpu=functools.partial(_in_chunks, forward), default=forward
-    )
+    on_cpu, default = (functools.partial(form, rows) for form in (_forward_on_cpu, _forward))
+    return lax.platform_dependent(x, kernel, index, cpu=on_cpu, default=default)
 
 
 def _kept(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
@@ -156,11 +154,8 @@ def _kept(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> tuple
 
 
 def _gradients(rows: int, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    on_cpu = functools.partial(_backward, rows, _scattered)
-    default = functools.partial(_backward, rows, _summed)
-    return *lax.platform_dependent(
-        grad, *kept, cpu=functools.partial(_chunked_backward, on_cpu), default=default
-    ), None
+    on_cpu, default = (functools.partial(form, rows) for form in (_backward_on_cpu, _backward))
+    return *lax.platform_dependent(grad, *kept, cpu=on_cpu, default=default), None
 
 
 _multiplied.defvjp(_kept, _gradients)
@@ -206,73 +201,70 @@ def _seen(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.A
     return x.reshape(rows, -1, examples)[index].reshape(*kernel.shape[:2], examples)
 
 
-def _backward(
-    rows: int,
-    add_up: Callable[..., jax.Array],
-    grad: jax.Array,
-    x: jax.Array,
-    kernel: jax.Array,
-    index: jax.Array,
+def _by_column(
+    rows: int, grad: jax.Array, x: jax.Array, kernel: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of x and kernel."""
+    """Gradients of what each column reads, (columns, active, tile[0], examples), and of kernel."""
     by_column = grad.reshape(*kernel.shape[::2], x.shape[-1])
     of_kernel = jnp.einsum("coe,cie->cio", by_column, _seen(rows, x, kernel, index))
     of_seen = jnp.einsum("cio,coe->cie", kernel, by_column)
-    of_tiles = add_up(rows, of_seen.reshape(*index.shape, -1, x.shape[-1]), index)
-    return of_tiles.reshape(x.shape), of_kernel
+    return of_seen.reshape(*index.shape, -1, x.shape[-1]), of_kernel
 
 
-def _scattered(rows: int, of_seen: jax.Array, index: jax.Array) -> jax.Array:
-    """What the columns have for each row of tiles, added up by a scatter."""
-    start = jnp.zeros((rows, *of_seen.shape[2:]), of_seen.dtype)
-    (start,) = _varying_alike(start, like=of_seen)
-    return start.at[index].add(of_seen)
-
-
-def _summed(rows: int, of_seen: jax.Array, index: jax.Array) -> jax.Array:
-    """The same by a product with ones and zeros: GPUs make a slow loop of the scatter."""
-    ones = (index[..., None] == jnp.arange(rows, dtype=index.dtype)).astype(of_seen.dtype)
-    return jnp.einsum("cfr,cfie->rie", ones, of_seen, precision=lax.Precision.HIGHEST)
-
-
-# On a CPU this many examples at a time: what is gathered for them stays in the cache.
-CHUNK = 256
-
-
-def _in_chunks(
-    forward: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, index: jax.Array
-) -> jax.Array:
-    if x.shape[-1] <= CHUNK or x.shape[-1] % CHUNK:
-        return forward(x, kernel, index)
-    return _joined(lax.map(lambda x: forward(x, kernel, index), _chunks(x)))
-
-
-def _chunked_backward(
-    backward: Callable[..., tuple[jax.Array, jax.Array]],
-    grad: jax.Array,
-    x: jax.Array,
-    kernel: jax.Array,
-    index: jax.Array,
+def _backward(
+    rows: int, grad: jax.Array, x: jax.Array, kernel: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    if x.shape[-1] <= CHUNK or x.shape[-1] % CHUNK:
-        return backward(grad, x, kernel, index)
-
-    def one(total: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
-        of_x, of_kernel = backward(*chunk, kernel, index)
-        return total + of_kernel, of_x
-
-    (start,) = _varying_alike(jnp.zeros_like(kernel), like=x)
-    of_kernel, of_x = lax.scan(one, start, (_chunks(grad), _chunks(x)))
-    return _joined(of_x), of_kernel
+    """The gradients of x and kernel."""
+    of_tiles, of_kernel = _by_column(rows, grad, x, kernel, index)
+    # Added up by a product with ones and zeros: GPUs make a slow loop of a scatter.
+    ones = (index[..., None] == jnp.arange(rows, dtype=index.dtype)).astype(x.dtype)
+    of_x = jnp.einsum("cfr,cfie->rie", ones, of_tiles, precision=lax.Precision.HIGHEST)
+    return of_x.reshape(x.shape), of_kernel
 
 
-def _chunks(x: jax.Array) -> jax.Array:
-    """(n, examples) as (chunks, n, CHUNK)."""
-    return x.reshape(len(x), -1, CHUNK).swapaxes(0, 1)
+# On a CPU, columns are taken in groups that gather at most so many bytes, which stay in a core's
+# cache until they are multiplied: a loop over the groups, or no loop where they are few, so that
+# several cores can work on them.
+GATHERED = 3 << 19
+UNROLLED = 4
 
 
-def _joined(chunks: jax.Array) -> jax.Array:
-    return chunks.swapaxes(0, 1).reshape(chunks.shape[1], -1)
+def _forward_on_cpu(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
+    def one(_: None, group: Any) -> tuple[None, jax.Array]:
+        turned, index = group
+        seen = _seen(rows, x, turned.swapaxes(1, 2), index)
+        return None, jnp.einsum("coi,cie->coe", turned, seen)
+
+    # Turned once, not within each product.
+    turned = lax.optimization_barrier(kernel.swapaxes(1, 2))
+    _, y = _over_groups(one, None, x, kernel, turned, index)
+    return y.reshape(-1, x.shape[-1])
+
+
+def _backward_on_cpu(
+    rows: int, grad: jax.Array, x: jax.Array, kernel: jax.Array, index: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def one(of_x: jax.Array, group: Any) -> tuple[jax.Array, jax.Array]:
+        kernel, index, grad = group
+        of_tiles, of_kernel = _by_column(rows, grad, x, kernel, index)
+        return of_x.at[index].add(of_tiles), of_kernel
+
+    start = jnp.zeros((rows, len(x) // rows, x.shape[-1]), x.dtype)
+    (start,) = _varying_alike(start, like=x)
+    by_column = grad.reshape(len(kernel), -1, x.shape[-1])
+    of_x, of_kernel = _over_groups(one, start, x, kernel, kernel, index, by_column)
+    return of_x.reshape(x.shape), of_kernel.reshape(kernel.shape)
+
+
+def _over_groups(
+    one: Callable[..., Any], start: Any, x: jax.Array, kernel: jax.Array, *by_column: jax.Array
+) -> Any:
+    """`lax.scan` over arrays by column, cut in the fewest groups of one size within GATHERED."""
+    columns, inputs, _ = kernel.shape
+    size = max(GATHERED // (inputs * x.shape[-1] * x.dtype.itemsize), 1)
+    groups = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= size)
+    cut = [a.reshape(groups, -1, *a.shape[1:]) for a in by_column]
+    return lax.scan(one, start, cut, unroll=groups <= UNROLLED)
 
 
 def _varying_alike(*arrays: jax.Array, like: Any = None) -> list[jax.Array]:
