@@ -48,14 +48,45 @@ def equal(found, expected):
 # --- products
 
 
-@pytest.fixture(scope="module", params=["at once", "some groups", "a loop"])
+@pytest.fixture(scope="module", params=[None, (1, 100), (2, 100), (2, 0)], ids=str)
 def groups(request):
-    """How a CPU takes the columns of tiles: in the last two each is a group."""
+    """How many columns of tiles a CPU takes at once, and how many groups without a loop."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param != "at once":
-            patch.setattr(products, "GATHERED", 1)
-            patch.setattr(products, "UNROLLED", 0 if request.param == "a loop" else 100)
+        if request.param:
+            size, unrolled = request.param
+            patch.setattr(products, "_at_once", lambda x, kernel: min(size, len(kernel)))
+            patch.setattr(products, "UNROLLED", unrolled)
+            jax.clear_caches()
         yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("columns", "most", "size"),
+    [(32, 40, 32), (32, 16, 16), (1031, 500, 344), (5, 0, 1), (1, 3, 1)],
+)
+def test_groups_of_columns_are_equal_but_for_the_last(columns, most, size, monkeypatch):
+    x, kernel = jnp.ones((8, 3)), jnp.ones((columns, 4, 2))
+    monkeypatch.setattr(products, "GATHERED", most * 4 * 3 * 4)
+    assert products._at_once(x, kernel) == size
+
+
+def test_products_outside_jit_are_compiled_once():
+    tiles = random_tiles((16, 12), (2, 4), 3)
+    x, kernel = normal(1, (5, 16)), normal(2, tiles.rectangle_shape)
+    gradient = jax.grad(lambda x, kernel: jnp.sum(dstee.matmul(x, kernel, tiles)), (0, 1))
+    gradient(x, kernel)
+    names = []
+
+    def listener(name, *_, **__):
+        names.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    gradient(x, kernel)
+    assert not [name for name in names if "compile" in name]
+    gradient(x[:4], kernel)
+    assert [name for name in names if "compile" in name]
+    jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.mark.usefixtures("groups")
@@ -121,9 +152,11 @@ def test_conv_is_that_of_the_dense_kernel(places, window, strides, padding):
 def test_bfloat16():
     tiles = random_tiles((64, 32), (8, 8), 3)
     x, rectangle = normal(1, (16, 64), jnp.bfloat16), normal(2, (4, 24, 8), jnp.bfloat16)
-    y = dstee.matmul(x, rectangle, tiles)
+    y, found = jax.vjp(lambda *a: dstee.matmul(*a, tiles), x, rectangle)
+    dense, expected = jax.vjp(jnp.matmul, x, tiles.dense(rectangle))
     assert y.dtype == jnp.bfloat16
-    close(y, x @ tiles.dense(rectangle), 2e-2)
+    of_x, of_kernel = expected(dense)
+    close((y, *found(dense)), (dense, of_x, tiles.take(of_kernel)), 2e-2)
 
 
 @pytest.mark.usefixtures("groups")
@@ -150,6 +183,30 @@ def test_transformations():
     close(*(jax.jit(jax.grad(f, (0, 1)))(x, kernels) for f in (by_scan, by_loop)))
     each = [dstee.matmul(x, kernel, tiles) for kernel, tiles in zip(kernels, layers, strict=True)]
     close(jax.vmap(dstee.matmul, (None, 0, 0))(x, kernels, stacked), jnp.stack(each))
+
+    def of_kernel(kernel, tiles):
+        return jax.grad(lambda kernel: jnp.sum(jnp.sin(dstee.matmul(x, kernel, tiles))))(kernel)
+
+    each = [of_kernel(kernel, tiles) for kernel, tiles in zip(kernels, layers, strict=True)]
+    close(jax.vmap(of_kernel)(kernels, stacked), jnp.stack(each))
+
+
+@pytest.mark.usefixtures("groups")
+def test_gradients_of_gradients():
+    tiles = random_tiles((8, 12), (2, 4), 2)
+    x, rectangle = normal(1, (3, 8)), normal(2, tiles.rectangle_shape)
+
+    def twice(kernel, tiles):
+        def loss(x):
+            return jnp.sum(jnp.sin(dstee.matmul(x, kernel, tiles)))
+
+        return jnp.sum(jnp.square(jax.grad(loss)(x)))
+
+    found, expected = (
+        jax.grad(twice)(rectangle, tiles),
+        jax.grad(twice)(tiles.dense(rectangle), None),
+    )
+    close(found, tiles.take(expected))
 
 
 @pytest.mark.usefixtures("groups")

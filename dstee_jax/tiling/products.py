@@ -1,8 +1,9 @@
 """Products with kernels in tiles: `matmul` and `conv`.
 
 What a column of tiles reads are the rows of tiles that it keeps: they are gathered from the input
-and multiplied with the column's matrix, all columns at once. Within the product examples come
-last, so that a tile of inputs is one run of memory; the backward pass gathers again.
+and multiplied with the column's matrix, all columns at once or, on a CPU, in groups. Within the
+product examples come last, so that a tile of inputs is one run of memory; the backward pass
+gathers again.
 """
 
 import functools
@@ -222,13 +223,14 @@ def _backward(
     return of_x.reshape(x.shape), of_kernel
 
 
-# On a CPU, columns are taken in groups that gather at most so many bytes, which stay in a core's
-# cache until they are multiplied: a loop over the groups, or no loop where they are few, so that
-# several cores can work on them.
+# On a CPU, columns are taken in groups that gather about so many bytes, which stay in a core's
+# cache until they are multiplied: in a loop, or without one where groups are few, so that several
+# cores can work on them.
 GATHERED = 3 << 19
 UNROLLED = 4
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # not compiled again where not in a jit
 def _forward_on_cpu(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array) -> jax.Array:
     def one(_: None, group: Any) -> tuple[None, jax.Array]:
         turned, index = group
@@ -237,10 +239,11 @@ def _forward_on_cpu(rows: int, x: jax.Array, kernel: jax.Array, index: jax.Array
 
     # Turned once, not within each product.
     turned = lax.optimization_barrier(kernel.swapaxes(1, 2))
-    _, y = _over_groups(one, None, x, kernel, turned, index)
+    _, y = _over_groups(_at_once(x, kernel), one, None, turned, index)
     return y.reshape(-1, x.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _backward_on_cpu(
     rows: int, grad: jax.Array, x: jax.Array, kernel: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -249,22 +252,32 @@ def _backward_on_cpu(
         of_tiles, of_kernel = _by_column(rows, grad, x, kernel, index)
         return of_x.at[index].add(of_tiles), of_kernel
 
-    start = jnp.zeros((rows, len(x) // rows, x.shape[-1]), x.dtype)
-    (start,) = _varying_alike(start, like=x)
-    by_column = grad.reshape(len(kernel), -1, x.shape[-1])
-    of_x, of_kernel = _over_groups(one, start, x, kernel, kernel, index, by_column)
-    return of_x.reshape(x.shape), of_kernel.reshape(kernel.shape)
+    (start,) = _varying_alike(jnp.zeros_like(x), like=x)
+    start = start.reshape(rows, -1, x.shape[-1])
+    by_column = kernel, index, grad.reshape(len(kernel), -1, x.shape[-1])
+    of_x, of_kernel = _over_groups(_at_once(x, kernel), one, start, *by_column)
+    return of_x.reshape(x.shape), of_kernel
+
+
+def _at_once(x: jax.Array, kernel: jax.Array) -> int:
+    """How many columns of a kernel gather at most GATHERED bytes, in equal groups; at least one."""
+    columns, inputs, _ = kernel.shape
+    most = max(GATHERED // (inputs * x.shape[-1] * x.dtype.itemsize), 1)
+    return -(-columns // -(-columns // most))
 
 
 def _over_groups(
-    one: Callable[..., Any], start: Any, x: jax.Array, kernel: jax.Array, *by_column: jax.Array
-) -> Any:
-    """`lax.scan` over arrays by column, cut in the fewest groups of one size within GATHERED."""
-    columns, inputs, _ = kernel.shape
-    size = max(GATHERED // (inputs * x.shape[-1] * x.dtype.itemsize), 1)
-    groups = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= size)
-    cut = [a.reshape(groups, -1, *a.shape[1:]) for a in by_column]
-    return lax.scan(one, start, cut, unroll=groups <= UNROLLED)
+    size: int, one: Callable[..., Any], start: Any, *by_column: jax.Array
+) -> tuple[Any, jax.Array]:
+    """`lax.scan` of `one` over so many columns at a time, and then those that are left."""
+    whole = len(by_column[0]) // size * size
+    groups = [a[:whole].reshape(-1, size, *a.shape[1:]) for a in by_column]
+    carry, of_groups = lax.scan(one, start, groups, unroll=whole // size <= UNROLLED)
+    found = of_groups.reshape(whole, *of_groups.shape[2:])
+    if whole == len(by_column[0]):
+        return carry, found
+    carry, left = one(carry, [a[whole:] for a in by_column])
+    return carry, jnp.concatenate([found, left])
 
 
 def _varying_alike(*arrays: jax.Array, like: Any = None) -> list[jax.Array]:
