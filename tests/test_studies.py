@@ -155,9 +155,12 @@ def test_the_tile_study(tmp_path, data_dir, monkeypatch, capsys):
     runs = records.read(path)
     asked = [(run["method"], run["options"]) for run in runs]
     assert asked[:2] == [("static", {}), ("static", {"tiles": [32, 32]})]
-    assert asked[2:] == [("dst_ee", {"every": 2, "tiles": [32, 32], "tile_score": "largest"})]
+    moving = {"every": 2, "tiles": [32, 32]}
+    variants = {"tile_score": "largest"}, {"drop_fraction": 0.1}, {"drop_fraction": 0.5}
+    assert asked[2:] == [("dst_ee", moving | variant) for variant in variants]
     monkeypatch.setattr(tiles, "METHODS", ("dst_ee", "static"))
-    assert "| 32 x 32, by the largest score | 1" in tiles.table(runs)
+    for name in ("by the largest score", "drop fraction 0.1", "drop fraction 0.5"):
+        assert f"| 32 x 32, {name} | " in tiles.table(runs)
     monkeypatch.setattr(tiles, "METHODS", ("static",))
     shown = capsys.readouterr().out
     assert "| free |" in shown

@@ -3,7 +3,8 @@
     python -m experiments.studies.tiles --data_dir DIR --epochs 5
 
 Free masks, and tiles of 8 x 8, 16 x 16, 32 x 32 and 1 x 32, at 90 and 95%, with DST-EE, RigL and
-static masks, and at 95% by the largest score in a tile; 3 seeds of a run at once. A queue of
+static masks, and at 95% by the largest score in a tile and with other drop fractions; 3 seeds of a
+run at once. A queue of
 `experiments.mlp` runs that skips what is recorded in results/tiles.jsonl, so that it can be
 stopped and continued; `--minutes` stops it by itself. Then prints a table, of accuracy and of the
 time of a step without the first epoch, in which programs are compiled. `--table FILE` prints a
@@ -23,6 +24,12 @@ TILES: tuple[tuple[int, ...], ...] = ((), (32, 32), (1, 32), (16, 16), (8, 8))
 METHODS = ("dst_ee", "rigl", "static")
 MOVING = ("dst_ee", "rigl")
 SPARSITIES = (0.9, 0.95)
+VARIANTS: dict[str, dict[str, Any]] = {  # by what is said of them
+    "": {},
+    ", by the largest score": {"tile_score": "largest"},
+    ", drop fraction 0.1": {"drop_fraction": 0.1},
+    ", drop fraction 0.5": {"drop_fraction": 0.5},
+}
 WIDTHS = ("1024", "1024")
 BATCH = 128
 
@@ -36,11 +43,12 @@ def queue(args: argparse.Namespace) -> list[Run]:
         words += [f"--batch={BATCH}", "--widths", *WIDTHS, "--seeds", *map(str, range(args.seeds))]
         return mlp_run(*words, *(["--tiles", *map(str, tiles)] if tiles else []), *more)
 
-    by_largest = itertools.product(SPARSITIES[-1:], filter(None, TILES), MOVING)
-    return [
-        *itertools.starmap(run, itertools.product(SPARSITIES, TILES, METHODS)),
-        *(run(*setting, "--tile_score=largest") for setting in by_largest),
-    ]
+    found = list(itertools.starmap(run, itertools.product(SPARSITIES, TILES, METHODS)))
+    for variant in filter(None, VARIANTS.values()):
+        more = [f"--{name}={value}" for name, value in variant.items()]
+        of = itertools.product(SPARSITIES[-1:], filter(None, TILES), MOVING)
+        found += [run(*setting, *more) for setting in of]
+    return found
 
 
 def name_of(tiles: Sequence[int]) -> str:
@@ -49,13 +57,15 @@ def name_of(tiles: Sequence[int]) -> str:
 
 
 def having(
-    runs: Sequence[dict[str, Any]], tiles: Sequence[int], score: str | None = None
+    runs: Sequence[dict[str, Any]], tiles: Sequence[int], variant: str = ""
 ) -> list[dict[str, Any]]:
-    """The runs with these tiles, of that score (the sum if it is None)."""
-    asked = (tuple(tiles), score)
-    options = [run["options"] for run in runs]
-    found = [(tuple(of.get("tiles", ())), of.get("tile_score")) for of in options]
-    return [run for run, of in zip(runs, found, strict=True) if of == asked]
+    """The runs with these tiles, of that variant."""
+    asked = ({"tiles": list(tiles)} if tiles else {}) | VARIANTS[variant]
+    of = ("tiles", *itertools.chain(*VARIANTS.values()))
+    options = [
+        {name: run["options"][name] for name in of if name in run["options"]} for run in runs
+    ]
+    return [run for run, found in zip(runs, options, strict=True) if found == asked]
 
 
 def step_ms(runs: Sequence[dict[str, Any]]) -> float:
@@ -71,9 +81,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         lines.append(f"{sparsity:.0%} sparse, {epochs} epochs, {seeds} seeds, test accuracy (%)\n")
         lines.append(f"| tiles | {' | '.join(METHODS)} | ms a step of {seeds} seeds |")
         lines.append("| --- |" + " --- |" * (len(METHODS) + 1))
-        for tiles, score in itertools.product(TILES, (None, "largest")):
-            mine = having(rows, tiles, score)
-            if score and not mine:
+        for tiles, variant in itertools.product(TILES, VARIANTS):
+            mine = having(rows, tiles, variant)
+            if variant and not mine:
                 continue
             by_method = {run["method"]: run for run in mine}
             cells = [
@@ -81,9 +91,8 @@ def table(runs: list[dict[str, Any]]) -> str:
                 for name in METHODS
             ]
             # Steps of static masks are the shortest: without them, no time to compare.
-            shown = f"{step_ms(mine):.1f}" if mine and not score else "–"
-            name = name_of(tiles) + (f", by the {score} score" if score else "")
-            lines.append(f"| {name} | {' | '.join(cells)} | {shown} |")
+            shown = f"{step_ms(mine):.1f}" if mine and not variant else "–"
+            lines.append(f"| {name_of(tiles)}{variant} | {' | '.join(cells)} | {shown} |")
         lines.append("")
     return "\n".join(lines)
 
