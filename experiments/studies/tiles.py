@@ -8,7 +8,7 @@ run at once. A queue of
 `experiments.mlp` runs that skips what is recorded in results/tiles.jsonl, so that it can be
 stopped and continued; `--minutes` stops it by itself. Then prints a table, of accuracy and of the
 time of a step without the first epoch, in which programs are compiled. `--table FILE` prints a
-file of records again. About 30 minutes on 2 CPU cores at 5 epochs.
+file of records again. About 45 minutes on 2 CPU cores at 5 epochs.
 """
 
 import argparse
