@@ -4,11 +4,10 @@
 
 Free masks, and tiles of 8 x 8, 16 x 16, 32 x 32 and 1 x 32, at 90 and 95%, with DST-EE, RigL and
 static masks, and at 95% by the largest score in a tile and with other drop fractions; 3 seeds of a
-run at once. A queue of
-`experiments.mlp` runs that skips what is recorded in results/tiles.jsonl, so that it can be
-stopped and continued; `--minutes` stops it by itself. Then prints a table, of accuracy and of the
-time of a step without the first epoch, in which programs are compiled. `--table FILE` prints a
-file of records again. About 45 minutes on 2 CPU cores at 5 epochs.
+run at once. A queue of `experiments.mlp` runs that skips what is recorded in results/tiles.jsonl,
+so that it can be stopped and continued; `--minutes` stops it by itself. Then prints a table, of
+accuracy and of the time of a step without the first epoch, in which programs are compiled.
+`--table FILE` prints a file of records again. About 45 minutes on 2 CPU cores at 5 epochs.
 """
 
 import argparse
