@@ -4,9 +4,10 @@ The cost does not depend on k, k may be traced, and on sharded arrays only count
 Several arrays may be searched as one, one array part by part, and many searches in one loop.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,13 @@ def count(
     return tuple(jnp.sum(x, axis=left, dtype=INDEX) for x in ones) if left else ones
 
 
-class Keys(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("bits", "side"),
+    meta_fields=("inner", "size", "sharded"),
+)
+@dataclasses.dataclass(frozen=True)
+class Keys:
     """One array of unsigned keys, cut into parts.
 
     With `side`, each part is two: what is False and what is True there, whose entries lie among
@@ -93,21 +100,22 @@ class Keys(NamedTuple):
         off, on = (test(*(self._broadcast(v[i]) for v in per_part)) for i in (0, 1))
         return (off & ~self.side) | (on & self.side)
 
-    def counts(
-        self, test: Callable[..., jax.Array], values: Sequence[tuple[jax.Array, ...]]
-    ) -> tuple[jax.Array, ...]:
-        """How many entries of each part pass a test against each of some values for it."""
+    def reaching(self, thresholds: jax.Array) -> jax.Array:
+        """How many entries of each part are at least each of some thresholds, the first axis."""
+        at_least = functools.partial(jnp.greater_equal, self.bits)
         if self.side is None:
-            entries = [test(*map(self._broadcast, per_part)) for per_part in values]
-            return count(self.inner, *entries, sharded=self.sharded)
-        # Each side by its own values: a select between them would be computed entry by entry.
-        entries = [
-            test(*(self._broadcast(v[i]) for v in per_part)) & side
-            for per_part in values
-            for i, side in enumerate((~self.side, self.side))
-        ]
-        flat = count(self.inner, *entries, sharded=self.sharded)
-        return tuple(jnp.stack(pair) for pair in zip(flat[::2], flat[1::2], strict=True))
+            entries = [at_least(self._broadcast(t)) for t in thresholds]
+        else:
+            # Each side by its own threshold: a select of the two would be computed entry by entry.
+            entries = [
+                at_least(self._broadcast(t[i])) & side
+                for t in thresholds
+                for i, side in enumerate((~self.side, self.side))
+            ]
+        counts = count(self.inner, *entries, sharded=self.sharded)
+        if self.side is not None:
+            counts = tuple(jnp.stack(pair) for pair in zip(counts[::2], counts[1::2], strict=True))
+        return jnp.stack(counts)
 
     def _broadcast(self, per_part: jax.Array) -> jax.Array:
         return jnp.expand_dims(per_part, self.inner) if per_part.ndim else per_part
@@ -133,10 +141,6 @@ class Found(NamedTuple):
     threshold: jax.Array
     reached: jax.Array  # INDEX: how many entries are at least the threshold
     above: jax.Array  # INDEX: how many are above it; exact unless reached == k
-
-
-# How many entries of each part reach each of three thresholds.
-_Reaching = Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]
 
 
 def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
@@ -175,43 +179,27 @@ def _loops(searches: Sequence[Search]) -> list[list[Search]]:
 
 
 def _chosen(searches: list[Search]) -> list[list[jax.Array]]:
-    wanted = [s.k for s in searches]
-    bits = 8 * searches[0].keys[0].bits.dtype.itemsize
-    found = _bisect([_start(s) for s in searches], wanted, list(map(_reaching, searches)), bits)
+    found = _bisect(searches, bits=8 * searches[0].keys[0].bits.dtype.itemsize)
 
     def lowest_index() -> list[jax.Array]:
-        # A part without ties has its k already (then `above` may not be exact): all its entries.
-        everything = [jnp.full_like(s.k, s.size) for s in searches]
-        left = [
-            jnp.where(f.reached == k, n, k - f.above)
-            for f, k, n in zip(found, wanted, everything, strict=True)
-        ]
-        counting = [_reaching_ties(*row) for row in zip(searches, found, strict=True)]
-        bits = max(s.size for s in searches).bit_length()
-        start = [_start(s, INDEX) for s in searches]
-        return [f.threshold for f in _bisect(start, left, counting, bits)]
+        ties = [_ties(*row) for row in zip(searches, found, strict=True)]
+        bits = max(search.size for search in searches).bit_length()
+        return [f.threshold for f in _bisect(ties, bits)]
 
-    unique = ~_any([jnp.any(f.reached != k) for f, k in zip(found, wanted, strict=True)])
+    unique = ~_any([jnp.any(f.reached != s.k) for s, f in zip(searches, found, strict=True)])
     first = lax.cond(unique, lambda: [jnp.zeros_like(f.above) for f in found], lowest_index)
     return [_at_least(*row) for row in zip(searches, found, first, strict=True)]
 
 
-def _bisect(
-    found: list[Found],
-    wanted: list[jax.Array],
-    reaching: list[_Reaching],
-    bits: int,
-) -> list[Found]:
+def _bisect(searches: Sequence[Search], bits: int) -> list[Found]:
     """Find the k-th largest entry of each part of each search, of all searches in one loop.
 
     Fixes two bits a pass, from the top, and stops early once exactly k entries are reached
     everywhere. On devices the counts of all searches travel together.
 
     Args:
-      found: where to begin, for each search.
-      wanted: k of each.
-      reaching: counts for each.
-      bits: of the thresholds.
+      searches: of keys of one dtype.
+      bits: of the keys, the lowest ones of their dtype; the others are zero.
 
     Returns:
       For each search: `reached == k`, or `reached > k` and `threshold` is the k-th largest value,
@@ -220,35 +208,35 @@ def _bisect(
 
     def unfinished(carry: tuple[jax.Array, list[Found]]) -> jax.Array:
         shift, found = carry
-        missing = [jnp.any(f.reached != k) for f, k in zip(found, wanted, strict=True)]
+        missing = [jnp.any(f.reached != s.k) for s, f in zip(searches, found, strict=True)]
         return (shift >= 0) & _any(missing)
 
     def two_bits(carry: tuple[jax.Array, list[Found]]) -> tuple[jax.Array, list[Found]]:
         shift, found = carry
-        rows = zip(found, wanted, reaching, strict=True)
-        return shift - 2, [_narrow(*row, shift) for row in rows]
+        return shift - 2, [_narrow(*row, shift) for row in zip(searches, found, strict=True)]
 
     first = jnp.int32(bits + bits % 2 - 2)
-    return lax.while_loop(unfinished, two_bits, (first, found))[1]
+    return lax.while_loop(unfinished, two_bits, (first, list(map(_start, searches))))[1]
 
 
-def _narrow(found: Found, k: jax.Array, reaching: _Reaching, shift: jax.Array) -> Found:
+# Traced once for all searches of one shape, as are the others below that are jitted.
+@jax.jit
+def _narrow(search: Search, found: Found, shift: jax.Array) -> Found:
     """A threshold with two more bits, at `shift`."""
-    threshold, reached, above = found
-    dtype = threshold.dtype
+    dtype = found.threshold.dtype
     step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
-    tries = tuple(threshold + step * jnp.array(j, dtype) for j in (1, 2, 3))
-    counts = reaching(tries)
-    for candidate, n in zip(tries, counts, strict=True):
-        threshold = jnp.where(n >= k, candidate, threshold)
-        reached = jnp.where(n >= k, n, reached)
-    for n in reversed(counts):
-        above = jnp.where(n < k, n, above)
-    return Found(threshold, reached, above)
+    steps = step * jnp.arange(1, 4, dtype=dtype).reshape(3, *[1] * found.threshold.ndim)
+    counts = _summed([key.reaching(found.threshold[None] + steps) for key in search.keys])
+    enough = counts >= search.k[None]  # the lower a threshold is, the more entries reach it
+    return Found(
+        found.threshold + step * enough.sum(0, dtype=dtype),
+        jnp.where(enough, counts, found.reached[None]).min(0),
+        jnp.where(enough, found.above[None], counts).max(0),
+    )
 
 
-def _start(search: Search, dtype: Any = None) -> Found:
-    """The threshold zero, which all entries reach. A side has fewer; none has the key zero.
+def _start(search: Search) -> Found:
+    """The threshold zero, which all entries reach. A side has fewer; no threshold there is zero.
 
     In the type of what is counted: under shard_map, varying over the same mesh axes.
     """
@@ -260,35 +248,25 @@ def _start(search: Search, dtype: Any = None) -> Found:
 
     zeros = vary(jnp.zeros_like(search.k))
     everything = vary(jnp.full_like(search.k, search.size))
-    return Found(zeros.astype(dtype or search.keys[0].bits.dtype), everything, zeros)
+    return Found(zeros.astype(search.keys[0].bits.dtype), everything, zeros)
 
 
-def _reaching(search: Search) -> _Reaching:
-    def counts(thresholds: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return _summed(
-            key.counts(functools.partial(jnp.greater_equal, key.bits), [(t,) for t in thresholds])
-            for key in search.keys
-        )
+@jax.jit
+def _ties(search: Search, found: Found) -> Search:
+    """For as many of the entries at the threshold as are missing; lower indices are larger."""
 
-    return counts
+    def ranked(key: Keys, rank: jax.Array) -> Keys:
+        tied = key.entries(functools.partial(jnp.equal, key.bits), found.threshold)
+        return dataclasses.replace(key, bits=rank * tied.astype(INDEX))
 
-
-def _reaching_ties(search: Search, found: Found) -> _Reaching:
-    """Of the entries at the threshold; the lower its index, the larger an entry."""
-
-    def counts(firsts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        values = [(found.threshold, first) for first in firsts]
-        rows = zip(search.keys, _ranks(search), strict=True)
-        return _summed(key.counts(tied(key.bits, rank), values) for key, rank in rows)
-
-    def tied(bits: jax.Array, rank: jax.Array) -> Callable[..., jax.Array]:
-        return lambda threshold, first: (bits == threshold) & (rank >= first)
-
-    return counts
+    # A part without ties has its k already (then `above` may not be exact): all its entries.
+    everything = jnp.full_like(search.k, search.size)
+    left = jnp.where(found.reached == search.k, everything, search.k - found.above)
+    return Search([ranked(*row) for row in zip(search.keys, _ranks(search), strict=True)], left)
 
 
-def _summed(by_array: Iterable[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
-    return tuple(functools.reduce(jnp.add, counts) for counts in zip(*by_array, strict=True))
+def _summed(counts: Sequence[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, counts)
 
 
 def _ranks(search: Search) -> list[jax.Array]:
@@ -301,6 +279,7 @@ def _ranks(search: Search) -> list[jax.Array]:
     return ranks
 
 
+@jax.jit
 def _at_least(search: Search, found: Found, first: jax.Array) -> list[jax.Array]:
     """The entries above the threshold, and of those at it the ones of rank `first` or more."""
 
