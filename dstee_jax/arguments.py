@@ -9,6 +9,12 @@ import jax
 import numpy as np
 
 
+def shown(value: Any) -> str:
+    """A value as errors name it: its repr, but for what would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:100]}... (a {type(value).__name__})"
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is one finite real number; what is traced is taken for one."""
     if isinstance(value, jax.core.Tracer):
@@ -24,7 +30,7 @@ def is_number(value: Any) -> bool:
 def check_number(name: str, value: Any, example: str) -> None:
     """Raise a ValueError that names the value unless it is one finite number."""
     if not is_number(value):
-        raise ValueError(f"{name}={value!r} must be a finite number, as {example}.")
+        raise ValueError(f"{name}={shown(value)} must be a finite number, as {example}.")
 
 
 def check_whole(name: str, value: Any, least: int | None = 1) -> None:
@@ -32,13 +38,13 @@ def check_whole(name: str, value: Any, least: int | None = 1) -> None:
     low = least is not None and is_number(value) and value < least
     if not is_number(value) or low or value != int(value):
         bound = "" if least is None else f" of {least} or more"
-        raise ValueError(f"{name}={value!r} must be a whole number{bound}.")
+        raise ValueError(f"{name}={shown(value)} must be a whole number{bound}.")
 
 
 def check_flag(name: str, value: Any) -> None:
     """Raise a ValueError that names the value unless it is True or False."""
     if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name}={value!r} must be True or False.")
+        raise ValueError(f"{name}={shown(value)} must be True or False.")
 
 
 def check_function(name: str, value: Any, of: str, example: str, *, inputs: int = 1) -> None:
@@ -59,13 +65,13 @@ def check_function(name: str, value: Any, of: str, example: str, *, inputs: int 
         except ValueError:
             pass  # some builtins have no signature
     if wrong:
-        raise ValueError(f"{name}={value!r} must be a function of {of}, as {example}.")
+        raise ValueError(f"{name}={shown(value)} must be a function of {of}, as {example}.")
 
 
 def check_made(name: str, value: Any, kind: type, example: str) -> None:
     """Raise a ValueError unless value is None or of a kind, as a call of the library's gives it."""
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name}={value!r} is no {kind.__name__}: pass {example}.")
+        raise ValueError(f"{name}={shown(value)} is no {kind.__name__}: pass {example}.")
 
 
 def _makes_functions(value: Any) -> bool:

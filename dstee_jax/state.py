@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import shown
 from dstee_jax.trees import PyTree, unwrap
 
 
@@ -162,7 +163,7 @@ def check_key(key: Any) -> None:
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     if not typed and not (dtype == jnp.uint32 and shape is not None and len(shape) == 1):
-        raise ValueError(f"key={key!r} is not one PRNG key: pass jax.random.key(0).")
+        raise ValueError(f"key={shown(key)} is not one PRNG key: pass jax.random.key(0).")
 
 
 def key_data(key: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.arguments import as_numbers, check_flag, check_function, check_made, is_number
+from dstee_jax.arguments import as_numbers, check_flag, check_function, check_made, is_number, shown
 from dstee_jax.engine.checks import check_restart, warn_of_packed
 from dstee_jax.engine.config import Config
 from dstee_jax.engine.rule import Rule
@@ -188,13 +188,13 @@ def transform(
     _check_choice("counter_update", counter_update, ("new", "old"))
     check_selection(selection)
     if not _is_unsigned(counter_dtype):
-        raise ValueError(f"counter_dtype={counter_dtype!r} must be unsigned, as jnp.uint16.")
+        raise ValueError(f"counter_dtype={shown(counter_dtype)} must be unsigned, as jnp.uint16.")
     if sparsity is None and masks is None:
         raise ValueError("sparsity=None without masks=: give one of them, as sparsity=0.95.")
     if sparsity is not None and masks is not None:
         raise ValueError("sparsity= and masks= both say how many weights are active: give one.")
     if inner is not None and not hasattr(inner, "update"):
-        raise ValueError(f"inner={inner!r} is not an optimizer: call it, as optax.adam(1e-3).")
+        raise ValueError(f"inner={shown(inner)} is not an optimizer: call it, as optax.adam(1e-3).")
     check_key(key)
     distributions.check_sparsity(sparsity)
     if penalty is not None and inner is None:
@@ -231,7 +231,7 @@ def transform(
             "ablation, so that counts stay: leave them out."
         )
     if not is_number(grow_batches) or grow_batches != int(grow_batches) or grow_batches < 1:
-        raise ValueError(f"grow_batches={grow_batches!r} must be an integer of 1 or more.")
+        raise ValueError(f"grow_batches={shown(grow_batches)} must be an integer of 1 or more.")
     if grow_batches > 1 and every is None:
         raise ValueError(f"grow_batches={grow_batches} and every=None: there is no round to grow.")
     if grow_batches > 1 and grow_batches > rounds.shortest:
@@ -348,4 +348,4 @@ def _check_kinds(*, plan: Any, memory: Any, structure: Any, **of_leaf: Any) -> N
 
 def _check_choice(name: str, value: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise ValueError(f"{name}={value!r} is unknown: choose from {valid}.")
+        raise ValueError(f"{name}={shown(value)} is unknown: choose from {valid}.")

@@ -21,7 +21,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Tracing makes millions of small objects that stay; Python looks through them for cycles less often.
+# Tracing makes millions of small objects that stay: Python looks for cycles less often.
 gc.set_threshold(50_000, 20, 50)
 
 

@@ -108,6 +108,14 @@ def test_parts_of_another_kind_are_named(options, message):
         call(dstee.transform, **options)
 
 
+@pytest.mark.parametrize("name", ["key", "every", "sparsity", "total_steps", "stop", "start"])
+def test_a_value_that_would_fill_the_screen_is_cut_short(name):
+    params = [{"kernel": jnp.zeros((8, 8))}] * 30
+    with pytest.raises(ValueError, match=r"\.\.\. \(a list\)") as error:
+        call(dstee.transform, **{name: params})
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -140,6 +140,8 @@ def test_mask_steps_of():
     for tx in (optax.sgd(0.1), optax.chain(dstee.transform(**options))):
         with pytest.raises(ValueError, match="pass the transform that the chain"):
             of(tx)
+    with pytest.raises(ValueError, match=r"^mask_steps takes total_steps, .*; mask_steps_of\(tx\)"):
+        dstee.mask_steps(dstee.transform(**options))
 
 
 def test_segments():

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.arguments import shown
 from dstee_jax.masks import distributions
 from dstee_jax.masks.counts import Where
 from dstee_jax.masks.random import init_masks
@@ -100,7 +101,8 @@ def csti(
     """
     if not hasattr(batch, "shape") or len(batch.shape) < 2 or 0 in batch.shape:
         raise ValueError(
-            f"batch={batch!r} of CSTI must be an array of inputs (samples, ...), with some of each."
+            f"batch={shown(batch)} of CSTI must be an array of inputs (samples, ...), with some of "
+            "each."
         )
     x = batch.reshape(batch.shape[0], -1).astype(jnp.float32)
     x = x - jnp.mean(x, axis=0, keepdims=True)
@@ -378,7 +380,7 @@ def _need(fn: Any, batch: Any, name: str) -> Any:
 
 def _kept(total: int, sparsity: float) -> int:
     if not isinstance(sparsity, float | int):
-        raise ValueError(f"sparsity={sparsity!r}: one number for all leaves, as 0.95.")
+        raise ValueError(f"sparsity={shown(sparsity)}: one number for all leaves, as 0.95.")
     distributions.check_sparsity(sparsity)
     keep = round((1 - sparsity) * total)
     if keep < 1:

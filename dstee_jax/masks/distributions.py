@@ -7,7 +7,7 @@ leaves by path to a sparsity for each. `active_counts` turns it into exact integ
 import math
 from collections.abc import Callable, Mapping
 
-from dstee_jax.arguments import is_number
+from dstee_jax.arguments import is_number, shown
 
 Shape = tuple[int, ...]
 Distribution = Callable[[Mapping[str, Shape], float], Mapping[str, float]]
@@ -136,4 +136,6 @@ def check_sparsity(sparsity: float | Mapping[str, float] | None) -> None:
 
 def _check(value: float, what: str) -> None:
     if not is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{what} is {value!r}: it must be in [0, 1), as 0.95 for 5% of weights.")
+        raise ValueError(
+            f"{what} is {shown(value)}: it must be in [0, 1), as 0.95 for 5% of weights."
+        )

@@ -2,7 +2,7 @@
 
 from typing import Required, Unpack
 
-from dstee_jax.arguments import check_number, check_whole
+from dstee_jax.arguments import check_number, check_whole, shown
 from dstee_jax.masks.counts import Sparsity
 from dstee_jax.methods._common import Inner, Shared, Transform, Untimed, itop, make
 from dstee_jax.methods.at_random import mest
@@ -161,7 +161,7 @@ def mest_ems(
       1.5 times the weights at 90% sparsity and from 2 times at 95%.
     """
     if not isinstance(sparsity, float | int):
-        raise ValueError(f"mest_ems needs one sparsity for the network, not {sparsity!r}.")
+        raise ValueError(f"mest_ems needs one sparsity for the network, not {shown(sparsity)}.")
     check_number("sparsity", sparsity, "0.9")
     check_number("elastic", elastic, "1.5")
     check_number("stop", stop, "0.9")

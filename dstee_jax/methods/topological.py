@@ -5,7 +5,7 @@ from typing import Unpack
 
 import optax
 
-from dstee_jax.arguments import check_number, is_number
+from dstee_jax.arguments import check_number, is_number, shown
 from dstee_jax.methods._common import Inner, Options, Transform, Untimed, linear, make
 from dstee_jax.rules import scores
 from dstee_jax.rules.phases import drop_then_grow
@@ -112,7 +112,7 @@ def _in_pairs(every: Every | None, update_weights: bool) -> Every | None:
     least = 2 if update_weights else 3
     if callable(every) or not is_number(every) or every < least:
         raise ValueError(
-            f"every={every!r} must be a number of {least} or more steps: a round takes two of them"
-            f"{', and on neither a weight is updated' if least == 3 else ''}."
+            f"every={shown(every)} must be a number of {least} or more steps: a round takes two of "
+            f"them{', and on neither a weight is updated' if least == 3 else ''}."
         )
     return lambda step: every if step == 0 else 1 if step % every == 0 else every - 1

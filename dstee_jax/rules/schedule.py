@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dstee_jax.arguments import check_number, check_whole, is_number
+from dstee_jax.arguments import check_number, check_whole, is_number, shown
 
 DropFraction = float | Callable[[jax.Array], jax.Array]
 
@@ -118,6 +118,11 @@ def mask_steps(
       >>> list(mask_steps(1000, every=200))
       [200, 400, 600]
     """
+    if isinstance(total_steps, optax.GradientTransformation):
+        raise ValueError(
+            "mask_steps takes total_steps, a whole number; mask_steps_of(tx) asks a transformation "
+            "for its mask steps."
+        )
     if every is None:
         return ()
     return make_rounds(total_steps, optax.constant_schedule(1.0), every, start, stop).all_steps
@@ -135,7 +140,9 @@ def _steps_between(every: Every, first: int, last: int) -> Sequence[int]:
 
 def _whole(every: int) -> int:
     if not is_number(every) or every < 1 or every != int(every):
-        raise ValueError(f"every={every!r} must be an integer of 1 or more (None for no rounds).")
+        raise ValueError(
+            f"every={shown(every)} must be an integer of 1 or more (None for no rounds)."
+        )
     return int(every)
 
 
