@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from dstee_jax.selection.bisection import largest_bits
 from dstee_jax.selection.drop_and_grow import drop_and_grow
+from dstee_jax.selection.exchange import Exchange, exchange
 from dstee_jax.selection.largest import largest
 from tests import oracle
 
@@ -33,6 +35,28 @@ def test_agrees_with_the_oracle(selection, shape, ties, regrow):
         k_max = int(mask.size)
         new = drop_and_grow(mask, drop, grow, k, k_max=k_max, regrow=regrow, selection=selection)
         np.testing.assert_array_equal(new, oracle.drop_and_grow(mask, drop, grow, k, regrow))
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize("dtypes", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_scores_of_two_dtypes(dtypes, regrow):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        masks = rng.random((2, 8, 8)) < 0.2
+        scores = [rng.normal(size=(2, 8, 8)).astype(dtype) for dtype in dtypes]
+        rows = [Exchange(m, *s, (1, 1), 5, None, 64) for m, s in zip(masks, scores, strict=True)]
+        new = exchange(rows, regrow=regrow, selection="bisection")
+        for row, mask in zip(rows, new, strict=True):
+            expected = oracle.drop_and_grow(row.mask, row.drop_score, row.grow_score, 5, regrow)
+            np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 15, 16])
+def test_none_of_the_highest_keys(size):
+    highest = jnp.full(size, 0xFFFFFFFF, jnp.uint32)
+    for k in {0, 1, size}:
+        (mask,) = largest_bits([highest], jnp.int32(k))
+        assert mask.tolist() == [True] * k + [False] * (size - k)
 
 
 @settings(max_examples=60, deadline=None)

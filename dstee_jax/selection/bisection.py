@@ -6,6 +6,7 @@ Several arrays may be searched as one, one array part by part, and many searches
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -147,23 +148,23 @@ def chosen(searches: Sequence[Search]) -> list[list[jax.Array]]:
     """Masks of the k largest entries of each search (in each part of it).
 
     In one loop for all that are known to be split over devices, whose counts then travel together;
-    else in one for as many as caches hold.
+    else in one for as many as caches hold. Keys of another dtype begin another loop.
 
     Args:
-      searches: of keys of one dtype.
+      searches: each of keys of one dtype.
 
     Returns:
       For each search a bool array for each of its keys, shaped as its bits. Ties go to the first
       array and the lowest row-major index of the part.
     """
     searches = [s._replace(k=by_part(s.k, s.keys[0].bits, s.keys[0].inner)) for s in searches]
-    return [masks for group in _loops(searches) for masks in _chosen(group)]
+    alike = itertools.groupby(searches, key=lambda search: search.keys[0].bits.dtype)
+    groups = [group for _, same in alike for group in _loops(list(same))]
+    return [masks for group in groups for masks in _chosen(group)]
 
 
 def _loops(searches: Sequence[Search]) -> list[list[Search]]:
-    """Searches that share a loop, in order."""
-    if not searches:
-        return []
+    """Searches that share a loop, of some of one dtype, in order."""
     if any(key.sharded or is_sharded(key.bits) for s in searches for key in s.keys):
         return [list(searches)]
     groups: list[list[Search]] = []
@@ -183,7 +184,8 @@ def _chosen(searches: list[Search]) -> list[list[jax.Array]]:
 
     def lowest_index() -> list[jax.Array]:
         ties = [_ties(*row) for row in zip(searches, found, strict=True)]
-        bits = max(search.size for search in searches).bit_length()
+        highest = max(search.size for search in searches) + 1  # above every rank, for k = 0
+        bits = min(highest.bit_length(), jnp.iinfo(INDEX).bits)
         return [f.threshold for f in _bisect(ties, bits)]
 
     unique = ~_any([jnp.any(f.reached != s.k) for s, f in zip(searches, found, strict=True)])
@@ -236,7 +238,9 @@ def _narrow(search: Search, found: Found, shift: jax.Array) -> Found:
 
 
 def _start(search: Search) -> Found:
-    """The threshold zero, which all entries reach. A side has fewer; no threshold there is zero.
+    """The threshold zero, which all entries reach.
+
+    A side has fewer. The threshold stays zero there only where all that tie are taken.
 
     In the type of what is counted: under shard_map, varying over the same mesh axes.
     """
