@@ -228,7 +228,8 @@ def _narrow(search: Search, found: Found, shift: jax.Array) -> Found:
     dtype = found.threshold.dtype
     step = jnp.left_shift(jnp.array(1, dtype), shift.astype(dtype))
     steps = step * jnp.arange(1, 4, dtype=dtype).reshape(3, *[1] * found.threshold.ndim)
-    counts = _summed([key.reaching(found.threshold[None] + steps) for key in search.keys])
+    reaching = [key.reaching(found.threshold[None] + steps) for key in search.keys]
+    counts = functools.reduce(jnp.add, reaching)
     enough = counts >= search.k[None]  # the lower a threshold is, the more entries reach it
     return Found(
         found.threshold + step * enough.sum(0, dtype=dtype),
@@ -267,10 +268,6 @@ def _ties(search: Search, found: Found) -> Search:
     everything = jnp.full_like(search.k, search.size)
     left = jnp.where(found.reached == search.k, everything, search.k - found.above)
     return Search([ranked(*row) for row in zip(search.keys, _ranks(search), strict=True)], left)
-
-
-def _summed(counts: Sequence[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, counts)
 
 
 def _ranks(search: Search) -> list[jax.Array]:
