@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from dstee_jax.engine.moments import is_float
-from dstee_jax.trees import PyTree, is_dense, masked
+from dstee_jax.trees import PyTree, either, is_dense
 
 
 def update_or_hold(
@@ -85,7 +85,7 @@ class _Values(dict[Any, Any]):
             return value
         mask = self.masks[var]
         self.masks[var] = lax.optimization_barrier(mask)
-        return masked(mask, value)
+        return either(mask, value, jnp.zeros_like(value))
 
 
 def never_updated(

@@ -15,7 +15,7 @@ from dstee_jax.engine.inputs import Carry, StepInputs
 from dstee_jax.engine.moments import restarted
 from dstee_jax.engine.packing import exact
 from dstee_jax.engine.round import run_round
-from dstee_jax.trees import expanded, is_dense, masked
+from dstee_jax.trees import either, is_dense, masked
 
 
 def ordinary_step(inputs: StepInputs, now: Carry, hold: jax.Array | bool) -> Carry:
@@ -83,4 +83,4 @@ def emit(alive: Any, update: jax.Array, weight: jax.Array) -> jax.Array:
     if is_dense(alive):
         return update
     update = exact(update, weight)
-    return jnp.where(expanded(alive, update.shape), update, -weight.astype(update.dtype))
+    return either(alive, update, -weight.astype(update.dtype))
