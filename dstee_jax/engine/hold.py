@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from dstee_jax.engine.bits import either
 from dstee_jax.engine.moments import is_float
-from dstee_jax.trees import PyTree, either, is_dense
+from dstee_jax.trees import PyTree, is_dense
 
 
 def update_or_hold(

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dstee_jax.engine.bits import either
 from dstee_jax.engine.hold import update_or_hold
 from dstee_jax.engine.inputs import Carry, StepInputs
 from dstee_jax.engine.moments import restarted
 from dstee_jax.engine.packing import exact
 from dstee_jax.engine.round import run_round
-from dstee_jax.trees import either, is_dense, masked
+from dstee_jax.trees import is_dense, masked
 
 
 def ordinary_step(inputs: StepInputs, now: Carry, hold: jax.Array | bool) -> Carry:

@@ -1,11 +1,11 @@
-"""Arrays chosen by masks: as `jnp.where`, in values and in derivatives."""
+"""Arrays chosen by their bits: as `jnp.where`, in values and in derivatives."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dstee_jax.trees import either
+from dstee_jax.engine.bits import either
 
 SPECIAL = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-40, -1.5, 3.0]
 
