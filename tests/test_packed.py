@@ -407,6 +407,41 @@ def test_leaves_that_are_alike_share_a_program(monkeypatch):
     equal(*masks)
 
 
+@pytest.mark.parametrize("how", ["vmap", "shard_map"])
+def test_leaves_that_are_alike_for_many_seeds(how, monkeypatch):
+    """Under vmap, and under shard_map with a seed on each device, as each seed alone."""
+    monkeypatch.setattr("dstee_jax.engine.alike.STACK_FROM", 2)
+    shapes = {f"layer{i}": {"kernel": (16, 8)} for i in range(3)}
+    tx = make(every=2, total_steps=10)
+    params = [tree(seed, shapes) for seed in range(8)]
+    stack = functools.partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    many = stack(*params), stack(*map(tx.init, params))
+
+    def masks(params, state):
+        def step(count, carry):
+            params, state = carry
+            grads = jax.tree.map(lambda p: jnp.sin(p * 1000 + count), params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 6, step, (params, state))[1].masks
+
+    def one_of_each(*trees):
+        first, back = (
+            functools.partial(jax.tree.map, f) for f in (lambda x: x[0], lambda x: x[None])
+        )
+        return back(masks(*first(trees)))
+
+    if how == "shard_map":
+        mesh = jax.make_mesh((8,), ("seed",), axis_types=(jax.sharding.AxisType.Auto,))
+        place = jax.sharding.PartitionSpec("seed")
+        got = jax.jit(jax.shard_map(one_of_each, mesh=mesh, in_specs=place, out_specs=place))(*many)
+    else:
+        got = jax.jit(jax.vmap(masks))(*many)
+    alone = jax.jit(masks)
+    equal(got, stack(*(alone(p, tx.init(p)) for p in params)))
+
+
 @pytest.mark.parametrize("options", [{}, {"packed": True}, {"plan": plans.below_zero()}])
 def test_keys_are_searched_in_groups(options, monkeypatch):
     """Whatever number of leaves is searched at once, the masks are the same."""

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from dstee_jax.selection.exchange import Exchange
 from dstee_jax.selection.parts import sharding_of
@@ -47,6 +48,17 @@ def stacked(rows: list[Exchange]) -> Exchange:
     return Exchange(mask, drop, grow, (len(rows), *grid), k, k_grow, max(r.k_max for r in rows))
 
 
-def unstacked(new: jax.Array, rows: list[Exchange]) -> list[jax.Array]:
-    """The masks of rows that were stacked."""
-    return [new] if len(rows) == 1 else list(new)
+def unstacked(new: jax.Array, rows: list[Exchange], due: jax.Array | bool) -> list[jax.Array]:
+    """The masks of rows that were stacked.
+
+    Args:
+      new: the mask of all of them.
+      rows: the rows.
+      due: True, perhaps traced. What comes out of a conditional is an array for XLA: a part of
+        `new` it would take apart again wherever it is read, by a kernel for each leaf and reader.
+    """
+    if len(rows) == 1:
+        return [new]
+    if isinstance(due, bool):
+        return list(new)
+    return lax.cond(due, lambda: list(new), lambda: [mask & False for mask in new])

@@ -11,8 +11,7 @@ def at_most_once(due: Any, function: Callable[..., Any], carry: Any) -> Any:
     """`function(due, carry)` if `due`, else `carry`; a Python bool leaves no trace.
 
     XLA updates in place what a loop carries, if the body reads it from its argument; what the
-    branches of a `lax.cond` pass through it copies (on CPU, on every step). The cond in the loop
-    keeps XLA from moving work that is the same in all rounds out of it.
+    branches of a `lax.cond` pass through it copies (on CPU, on every step).
     """
     if isinstance(due, bool):
         return function(due, carry) if due else carry

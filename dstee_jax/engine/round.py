@@ -41,8 +41,7 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
 
     Args:
       inputs: what the step was given.
-      due: True, perhaps traced. The caller has asked already; what is made within the `lax.cond`
-        of a group of leaves leaves its memory to the next group.
+      due: True, perhaps traced: the caller has asked already.
       now: before the round.
     """
     config, batches = inputs.config, inputs.config.grow_batches
@@ -59,23 +58,11 @@ def run_round(inputs: StepInputs, due: jax.Array | bool, now: Carry) -> Carry:
     amounts, plan_state = _amounts(inputs, specs, view, now.plan_state)
     masks, counters = list(now.masks), list(now.counters)
     for group in _groups(moving, now.masks, KEYS_AT_ONCE):
-
-        def round_(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
-            views = [view(i) for i in group]  # made again: within the cond
-            rows = [
-                _row(config, specs[i], leaf, *amounts[i])
-                for i, leaf in zip(group, views, strict=True)
-            ]
-            new = _exchange(inputs, group, rows)
-            pairs = zip(group, new, strict=True)
-            return [(mask, _add(config.rule, masks[i], counters[i], mask)) for i, mask in pairs]
-
-        def keep(group: list[int] = group) -> list[tuple[jax.Array, jax.Array]]:
-            return [(masks[i], counters[i]) for i in group]
-
-        changed = round_()
-        for i, pair in zip(group, changed, strict=True):
-            masks[i], counters[i] = pair
+        views = [view(i) for i in group]
+        pairs = zip(group, views, strict=True)
+        rows = [_row(config, specs[i], leaf, *amounts[i]) for i, leaf in pairs]
+        for i, mask in zip(group, _exchange(inputs, due, group, rows), strict=True):
+            masks[i], counters[i] = mask, _add(config.rule, masks[i], counters[i], mask)
     if config.rule.plan.trim is not None:
         masks = _trimmed(inputs, masks, [drop for drop, _ in amounts.values()])
         for i in moving:
@@ -140,7 +127,9 @@ def _row(config: Config, spec: LeafSpec, leaf: Leaf, k: Any, k_grow: Any) -> Exc
     return Exchange(leaf.mask, scores[0], scores[1], spec.grid, k, k_grow, k_max)
 
 
-def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> list[jax.Array]:
+def _exchange(
+    inputs: StepInputs, due: jax.Array | bool, group: list[int], rows: list[Exchange]
+) -> list[jax.Array]:
     """New masks of some leaves, by one search for what is dropped and what grows."""
     rule, names = inputs.config.rule, [inputs.names[i] for i in group]
     pairs = [(row, spec) for row, i in zip(rows, group, strict=True) if (spec := inputs.specs[i])]
@@ -152,7 +141,7 @@ def _exchange(inputs: StepInputs, group: list[int], rows: list[Exchange]) -> lis
     new = exchange(list(map(stacked, stacks)), regrow=rule.regrow, selection=rule.selection)
     masks: dict[int, jax.Array] = {}
     for part, stack, mask in zip(places, stacks, new, strict=True):
-        masks.update(zip(part, unstacked(mask, stack), strict=True))
+        masks.update(zip(part, unstacked(mask, stack, due), strict=True))
     return [rule.expand(masks[j], *pair) for j, pair in enumerate(pairs)]
 
 
