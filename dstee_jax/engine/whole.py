@@ -1,7 +1,7 @@
 """A step of whole leaves: inactive gradients are masked on the way in, inactive weights out.
 
 Between mask steps nobody looks at what the inner optimizer keeps of inactive weights, so that an
-ordinary step costs the optimizer and two selects, which XLA fuses with it.
+ordinary step costs the optimizer and two masks, which XLA fuses with it.
 """
 
 from typing import Any
