@@ -25,11 +25,18 @@ def test_either_is_where_bit_by_bit(dtype):
         np.testing.assert_array_equal(bits(got), bits(want))
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool"])
-def test_what_has_no_bits_of_a_float_is_where(dtype):
+@pytest.mark.parametrize("dtype", ["complex64", "int32", "bool", "float4_e2m1fn"])
+def test_other_types_are_where(dtype):
     x, other = jnp.arange(6).astype(dtype), jnp.ones(6, dtype)
     mask = jnp.arange(6) % 2 == 0
     np.testing.assert_array_equal(either(mask, x, other), jnp.where(mask, x, other))
+
+
+def test_64_bits_are_left_to_where():
+    """XLA's TPU compiler has no conversion of their bits to integers of a sign."""
+    with jax.enable_x64(True):
+        x = jnp.ones(3, jnp.float64)
+        assert "bitcast" not in str(jax.make_jaxpr(either)(x > 0, x, x))
 
 
 def test_a_mask_of_tiles_stands_for_its_weights():

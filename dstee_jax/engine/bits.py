@@ -12,10 +12,12 @@ from jax import lax
 
 from dstee_jax.trees import expanded
 
+WIDTHS = (8, 16, 32)  # not 4, of which arrays have bytes, nor 64: TPUs make two words of them
+
 
 def either(mask: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
     """x where the mask is True, else other: `jnp.where` of two arrays of one shape and dtype."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits not in WIDTHS:
         return jnp.where(expanded(mask, x.shape), x, other)
     return _either(expanded(mask, x.shape), x, other)
 
