@@ -1,6 +1,6 @@
 """A choice between two arrays by their bits, for what an optimizer reads of whole leaves.
 
-XLA's CPU compiler makes masked reads of a select, which some processors with AVX-512 do not
+XLA's CPU compiler makes masked reads of a select, which some processors with AVX-512 seem not to
 prefetch: an ordinary step of adamw then takes 1.3 times as long.
 """
 
